@@ -1,0 +1,163 @@
+"""Everything trainbus raises on purpose. Imports nothing but the standard library.
+
+Each class also inherits from the builtin that callers would expect, so both
+``except TrainbusError`` and ``except ValueError`` work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointSkipped",
+    "CheckpointWriteError",
+    "HandlerClosedError",
+    "MissingExtraError",
+    "PayloadError",
+    "StateMismatchError",
+    "SubscriptionError",
+    "TrainbusError",
+    "UnknownEventError",
+    "UnsavableStateError",
+    "UntrustedPickleError",
+    "WrongThreadError",
+    "did_you_mean",
+]
+
+
+class TrainbusError(Exception):
+    """Base of all errors of trainbus."""
+
+
+class UnknownEventError(TrainbusError, ValueError):
+    """An event name that is not in the bus's catalogue."""
+
+
+class PayloadError(TrainbusError, TypeError):
+    """An event was emitted with fields it does not have, or without one that a receiver names."""
+
+
+class SubscriptionError(TrainbusError, TypeError):
+    """A receiver that cannot be called with the fields of the event it subscribes to."""
+
+
+class WrongThreadError(TrainbusError, RuntimeError):
+    """`emit` was called on a thread that does not own the bus; `post` is for those."""
+
+
+class HandlerClosedError(TrainbusError, RuntimeError):
+    """A handler or writer was used after `close`."""
+
+
+class StateMismatchError(TrainbusError, ValueError):
+    """A checkpoint's content does not fit the handler it is loaded into."""
+
+
+class MissingExtraError(TrainbusError, ImportError):
+    """A command needs a package that is not installed; the message says which extra brings it."""
+
+
+class UnsavableStateError(TrainbusError, TypeError):
+    """
+    A value that ``torch.save`` accepts and ``torch.load(weights_only=True)`` refuses.
+
+    Attributes:
+        problems: One ``(path, remedy)`` pair for each such value, where the path
+            is written as Python code, e.g. ``state['extra']['when']``.
+    """
+
+    def __init__(self, problems: Iterable[tuple[str, str]]) -> None:
+        self.problems = list(problems)
+        lines = "\n".join(f"  {path}: {remedy}" for path, remedy in self.problems)
+        super().__init__(
+            "Cannot save this state: what follows would be written and could not be loaded again "
+            f"(only tensors and plain Python values can).\n{lines}"
+        )
+
+
+class CheckpointError(TrainbusError):
+    """
+    Base of the errors about one checkpoint.
+
+    Attributes:
+        seen: True once somebody was given this error, by `PendingSave.result` or by
+            the bus. What has been seen is not raised a second time.
+    """
+
+    seen: bool = False
+
+
+class CheckpointWriteError(CheckpointError, OSError):
+    """
+    A checkpoint could not be written. What stood under its name before is untouched.
+
+    Attributes:
+        path: The file that was to be written.
+        global_step: Training batches completed when the save was asked for.
+        errno: The operating system's number, or None if it was no `OSError`.
+    """
+
+    def __init__(self, path: str, global_step: int, cause: BaseException) -> None:
+        self.path = path
+        self.global_step = global_step
+        number = cause.errno if isinstance(cause, OSError) else None
+        reason = (
+            f"[Errno {number}] {os.strerror(number)}" if number else f"{type(cause).__name__}: {cause}"
+        )
+        super().__init__(
+            f"Cannot write checkpoint {path!r} of global step {global_step}: {reason}. "
+            "Training state is unharmed and the previous file, if any, is untouched."
+        )
+        # OSError.__init__ with one argument leaves errno None; set it afterwards.
+        self.errno = number
+
+
+class CheckpointCorruptError(CheckpointError, ValueError):
+    """
+    A file is not the checkpoint it claims to be. Raised before any tensor of it is used.
+
+    Attributes:
+        path: The file.
+        reason: What is wrong with it, in one clause.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        self.path = os.fspath(path)
+        self.reason = reason
+        super().__init__(f"Checkpoint {self.path!r} is damaged: {reason}. Load an older one instead.")
+
+
+class UntrustedPickleError(CheckpointError, ValueError):
+    """
+    A file without a manifest that holds more than tensors and plain values.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        self.path = os.fspath(path)
+        super().__init__(
+            f"Cannot load {self.path!r} safely: it was not written by trainbus and "
+            f"torch.load(weights_only=True) refuses it ({reason}). If you trust whoever made it, "
+            "trust_pickle=True loads it, which lets the file run any code."
+        )
+
+
+class CheckpointSkipped(CheckpointError):
+    """A save that was not carried out: the writer was busy (`on_busy`), or a newer one took its place."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"Checkpoint {path!r} was not saved: {reason}.")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest of *known*, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
