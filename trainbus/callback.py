@@ -1,0 +1,104 @@
+"""
+Callbacks: subscribers with one method for each event they want, and a state that is saved with the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainbus.bus import EventBus, Subscription
+from trainbus.errors import StateMismatchError, SubscriptionError, UnknownEventError, did_you_mean
+
+__all__ = ["Callback"]
+
+
+class Callback:
+    """
+    Base of subscribers with ``on_<event>`` methods, which name the fields they want.
+
+    .. code-block:: python
+
+        class Report(Callback):
+            def on_epoch_end(self, epoch, logs):
+                print(epoch, dict(logs))
+
+    `Handler.add_callback` attaches it and keeps its state in the checkpoints. Subclasses
+    need not call ``super().__init__()``. Everything runs on the thread that owns the bus.
+
+    Attributes:
+        priority: Of all its subscriptions; lower ones are called first.
+    """
+
+    priority: float = 0
+
+    _attached: tuple[tuple[EventBus, tuple[Subscription, ...]], ...] = ()
+
+    def attach(self, bus: EventBus) -> None:
+        """
+        Subscribe all ``on_<event>`` methods, or none if one is refused. The bus keeps the callback alive.
+
+        Raises:
+            UnknownEventError: If there is no event of a method's name.
+            SubscriptionError: If a method names what the event lacks, or it is attached to this bus.
+        """
+        if any(known is bus for known, _ in self._attached):
+            raise SubscriptionError(
+                f"Cannot attach {type(self).__name__}: it is attached to this bus, and each event would "
+                "reach it twice. Call detach() first, or attach another instance."
+            )
+        receivers = self._receivers(bus)
+        subscriptions: list[Subscription] = []
+        try:
+            for event, method in receivers.items():
+                subscriptions.append(bus.on(event, method, priority=self.priority))
+        except Exception:
+            for subscription in subscriptions:
+                subscription.cancel()
+            raise
+        self._attached = (*self._attached, (bus, tuple(subscriptions)))
+
+    def detach(self) -> None:
+        """Cancel the subscriptions to all buses. Does nothing if there are none."""
+        attached, self._attached = self._attached, ()
+        for _, subscriptions in attached:
+            for subscription in subscriptions:
+                subscription.cancel()
+
+    @property
+    def state_key(self) -> str:
+        """Under which name a checkpoint keeps the state; a number is added for a second of the same name."""
+        return type(self).__name__
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: plain values and tensors. Called at each full save."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Take over a state that `state_dict` returned, perhaps that of an older version.
+
+        Raises:
+            StateMismatchError: If there is a state and the class does not define this method.
+        """
+        if state:
+            raise StateMismatchError(
+                f"Cannot load the state of {type(self).__name__} with keys {sorted(state)}: "
+                "the class defines no load_state_dict. Define it next to state_dict."
+            )
+
+    def _receivers(self, bus: EventBus) -> dict[str, Any]:
+        """Return the methods by event; refuse those that no event would ever call."""
+        receivers = {}
+        for name in dir(self):
+            if name.startswith("on_") and callable(method := getattr(self, name)):
+                receivers[name.removeprefix("on_")] = method
+        misspelt = next((f"on_{event}" for event in receivers if event not in bus.events), None)
+        if misspelt is not None:
+            near = did_you_mean(misspelt, [f"on_{event}" for event in bus.events])
+            raise UnknownEventError(
+                f"Cannot attach {type(self).__name__}: there is no event for its method {misspelt!r}.{near} "
+                f"Events: {', '.join(bus.events)}. Rename the method, or declare the event with "
+                "bus.declare before attaching."
+            )
+        return receivers
