@@ -1,0 +1,242 @@
+"""What a run finds on the disk: the best file it comes back to, and files of others."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import zipfile
+
+import pytest
+
+from trainbus.checkpoint.commit import commit
+from trainbus.checkpoint.file_format import Manifest
+from trainbus.testing import FakeHandler, emit_run
+from trainbus_callbacks import ModelCheckpoint
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(path, **manifest):
+    """Write a checkpoint file without tensors."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("empty", "")
+    commit(path, Manifest(contents="state", **manifest), lambda stream: stream.write(content.getvalue()))
+
+
+def best_only(path="runs/best.pt", **options):
+    return ModelCheckpoint(path, "val_loss", save_best_only=True, **options)
+
+
+def state(score, path="runs/best.pt"):
+    return {"monitor": "val_loss", "mode": "min", "best_score": score, "best_path": path}
+
+
+def saves(checkpoint, *val_loss, handler=None):
+    """Return the values that a training with these values of val_loss saves."""
+    handler = handler or FakeHandler(resumed=True)
+    handler.add_callback(checkpoint)
+    emit_run(handler.bus, epochs=len(val_loss), logs={"val_loss": list(val_loss)})
+    return [save.score for save in handler.saves]
+
+
+class TestReconcile:
+    def test_file_agrees(self, caplog):
+        """
+        A best that its file bears out is kept; nothing is said.
+        """
+        caplog.set_level(logging.INFO, "trainbus")
+        write("runs/best.pt", monitor="val_loss", mode="min", score=0.5)
+        checkpoint = best_only()
+
+        checkpoint.load_state_dict(state(0.5))
+
+        assert (checkpoint.best_score, checkpoint.best_path) == (0.5, "runs/best.pt")
+        assert caplog.records == []
+        assert saves(checkpoint, 0.7, 0.4) == [0.4]
+
+    @pytest.mark.parametrize(("score", "saved"), [(0.3, []), (0.9, [0.7, 0.4])])
+    def test_file_is_believed(self, score, saved, caplog):
+        """
+        If the file says another score than the state, the file is right: the state may be older or newer.
+        """
+        write("runs/best.pt", monitor="val_loss", mode="min", score=score)
+        checkpoint = best_only()
+
+        checkpoint.load_state_dict(state(0.5))
+
+        assert checkpoint.best_score == score
+        assert f"'runs/best.pt' holds val_loss {score}, not 0.5 as the loaded state has it" in caplog.text
+        assert saves(checkpoint, 0.7, 0.4) == saved
+
+    def test_moved_folder(self):
+        """
+        A file that is not where it was is found beside the template, under its name.
+        """
+        write("moved/best_3.pt", monitor="val_loss", mode="min", score=0.5)
+        checkpoint = best_only("moved/best_{epoch}.pt")
+
+        checkpoint.load_state_dict(state(0.5, "/gone/runs/best_3.pt"))
+
+        assert (checkpoint.best_score, checkpoint.best_path) == (0.5, "moved/best_3.pt")
+
+    def test_bare_name(self):
+        """
+        Beside a bare name means here.
+        """
+        write("best.pt", monitor="val_loss", mode="min", score=0.5)
+        checkpoint = best_only("best.pt")
+
+        checkpoint.load_state_dict(state(0.5, "/gone/best.pt"))
+
+        assert checkpoint.best_path == "best.pt"
+
+    def test_gone(self):
+        """
+        A best whose file is gone is forgotten with a warning, so that the next finite value is saved.
+        """
+        checkpoint = best_only()
+
+        with pytest.warns(
+            RuntimeWarning, match=r"'runs/best.pt' of the best val_loss \(0.5\) is lost: No such file"
+        ):
+            checkpoint.load_state_dict(state(0.5))
+
+        assert (checkpoint.best_score, checkpoint.best_path) == (None, None)
+        assert saves(checkpoint, math.nan, 0.7, 0.8) == [0.7]
+
+    def test_damaged(self):
+        """
+        A damaged file is as good as none.
+        """
+        write("runs/best.pt", monitor="val_loss", mode="min", score=0.5)
+        with open("runs/best.pt", "ab") as file:
+            file.write(b"x")
+        checkpoint = best_only()
+
+        with pytest.warns(RuntimeWarning, match="is lost: it is damaged"):
+            checkpoint.load_state_dict(state(0.5))
+
+    @pytest.mark.parametrize(
+        "manifest", [{"monitor": "val_acc", "score": 0.5}, {"monitor": "val_loss", "score": math.nan}, {}]
+    )
+    def test_does_not_tell(self, manifest):
+        """
+        Nor is a file that does not tell the metric: it is not the one that was saved.
+        """
+        write("runs/best.pt", **manifest)
+        checkpoint = best_only()
+
+        with pytest.warns(RuntimeWarning, match="it does not tell a finite val_loss"):
+            checkpoint.load_state_dict(state(0.5))
+
+    def test_saved_by_another(self):
+        """
+        A file judged by another metric may tell this one in its logs.
+        """
+        write("runs/best.pt", monitor="val_acc", score=0.9, logs={"val_loss": 0.5})
+        checkpoint = best_only()
+
+        checkpoint.load_state_dict(state(0.6))
+
+        assert checkpoint.best_score == 0.5
+
+    def test_other_ranks(self, monkeypatch):
+        """
+        Ranks that do not write do not look at the disk, which they may not share.
+        """
+        monkeypatch.setenv("RANK", "1")
+        checkpoint = best_only()
+
+        checkpoint.load_state_dict(state(0.5))
+
+        assert checkpoint.best_path == "runs/best.pt"
+
+
+class TestOtherRuns:
+    def test_warning(self):
+        """
+        A run that did not resume and finds another's files says so once, before it saves.
+        """
+        for sequence, score in enumerate([0.5, 0.31, 0.4], start=1):
+            write(
+                f"runs/m{sequence}.pt",
+                run_id="other",
+                sequence=sequence,
+                epoch=sequence,
+                global_step=100 * sequence,
+                monitor="val_loss",
+                mode="min",
+                score=score,
+            )
+        handler = FakeHandler()
+
+        with pytest.warns(RuntimeWarning) as caught:
+            saves(best_only("runs/m{epoch}.pt"), 0.9, 0.8, handler=handler)
+
+        assert [str(warning.message) for warning in caught] == [
+            "This run did not resume, and 'runs' holds 3 checkpoints of another run under its name "
+            "'m{epoch}.pt': the newest is 'm3.pt' (epoch 4, step 300), the best val_loss is 0.31000. "
+            "They may be overwritten. To continue that run, call handler.resume('runs') before "
+            "training; to keep its files, save to another folder."
+        ]
+
+    def test_before_the_first_save(self):
+        """
+        Without a train_begin it is said before the first save.
+        """
+        write("best.pt", run_id="other", epoch=2)
+        handler = FakeHandler()
+        handler.add_callback(ModelCheckpoint("best.pt"))
+        asked = []
+        handler.save_async = lambda path, **options: asked.append(path)
+
+        with pytest.warns(
+            RuntimeWarning, match=r"holds 1 checkpoint of another run .* \(epoch 3, step 0\)\. They"
+        ):
+            handler.bus.emit("epoch_end")
+
+        assert asked == ["best.pt"]
+
+    def test_raised_before_the_first_save(self):
+        """
+        Where warnings are errors, nothing is overwritten.
+        """
+        write("best.pt", run_id="other")
+        handler = FakeHandler()
+        handler.add_callback(ModelCheckpoint("best.pt"))
+
+        with pytest.raises(RuntimeWarning):
+            handler.bus.emit("epoch_end")
+
+        assert handler.saves == []
+
+    @pytest.mark.parametrize(("mode", "best"), [("min", "0.20000"), ("max", "0.70000")])
+    def test_best(self, mode, best):
+        """
+        The best is that of the finite scores in the callback's direction.
+        """
+        for i, score in enumerate([0.7, 0.2, math.nan, None]):
+            write(f"m{i}.pt", run_id="other", monitor="val_loss", mode=mode, score=score)
+
+        with pytest.warns(RuntimeWarning, match=f"the best val_loss is {best}"):
+            saves(best_only("m{epoch}.pt", mode=mode), 0.9, handler=FakeHandler())
+
+    @pytest.mark.parametrize(
+        ("name", "run_id", "resumed"),
+        [("best.pt", "mine", False), ("best.pt", "other", True), ("last.pt", "other", False)],
+    )
+    def test_silence(self, name, run_id, resumed):
+        """
+        One's own files, a resumed run and files of other names give no warning.
+        """
+        write(name, run_id=run_id)
+
+        saves(best_only("best.pt"), 0.9, handler=FakeHandler(run_id="mine", resumed=resumed))
+
+        assert os.path.exists(name)

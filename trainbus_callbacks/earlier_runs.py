@@ -1,0 +1,100 @@
+"""What earlier runs left on the disk: the best file of the run that is resumed, and others. Reads only."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from dataclasses import replace
+
+from trainbus.checkpoint.file_format import Manifest, read_manifest
+from trainbus.checkpoint.folder import CheckpointFolder
+from trainbus.errors import CheckpointCorruptError
+from trainbus_callbacks.best_score import Mode, Standing
+from trainbus_callbacks.naming import NameTemplate
+from trainbus_callbacks.scalars import describe
+
+__all__ = ["reconcile", "warning_of_other_runs"]
+
+logger = logging.getLogger("trainbus")
+
+
+def reconcile(standing: Standing, monitor: str | None, folder: str) -> Standing:
+    """
+    Return *standing* as far as the file at its ``best_path`` bears it out.
+
+    A file that is gone from there is looked for in *folder* (the folder was moved). What the
+    file says of its own score counts more than *standing*.
+
+    Warns:
+        RuntimeWarning: If there is no such file, or it does not tell: the best is forgotten, so that
+            the next finite value is saved.
+    """
+    path = standing.best_path
+    if path is None or monitor is None:
+        return standing
+    if not os.path.exists(path):
+        path = os.path.join("" if folder == os.curdir else folder, os.path.basename(path))
+    try:
+        score = _score(read_manifest(path), monitor)
+        problem = f"it does not tell a finite {monitor}"
+    except CheckpointCorruptError as error:
+        score, problem = None, f"it is damaged, {error.reason}"
+    except OSError as error:
+        score, problem = None, f"{error.strerror or error}"
+    if score is None or not math.isfinite(score):
+        warnings.warn(
+            f"The file {standing.best_path!r} of the best {monitor} ({standing.best_score}) is lost: "
+            f"{problem}. That best is forgotten and the next finite {monitor} is saved. "
+            "Put the file back to keep it.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return replace(standing, best_score=None, best_path=None)
+    if score != standing.best_score:
+        logger.warning(
+            "%r holds %s %s, not %s as the loaded state has it; the file is believed.",
+            path,
+            monitor,
+            score,
+            standing.best_score,
+        )
+    return replace(standing, best_score=score, best_path=path)
+
+
+def warning_of_other_runs(template: NameTemplate, run_id: str, monitor: str | None, mode: Mode) -> str | None:
+    """Return what to say of other runs' files under *template*, or None. Reads the folder."""
+    theirs = [
+        file
+        for file in CheckpointFolder(template.folder)
+        if file.manifest.run_id != run_id and template.matches(os.path.basename(file.path))
+    ]
+    if not theirs:
+        return None
+    newest = theirs[-1]
+    files = "1 checkpoint" if len(theirs) == 1 else f"{len(theirs)} checkpoints"
+    return (
+        f"This run did not resume, and {template.folder!r} holds {files} of another run under its name "
+        f"{template.last!r}: the newest is {os.path.basename(newest.path)!r} "
+        f"(epoch {newest.manifest.epoch + 1}, step {newest.manifest.global_step})"
+        f"{_best([file.manifest for file in theirs], monitor, mode)}. They may be overwritten. "
+        f"To continue that run, call handler.resume({template.folder!r}) before training; "
+        "to keep its files, save to another folder."
+    )
+
+
+def _score(manifest: Manifest | None, monitor: str) -> float | None:
+    if manifest is None:
+        return None
+    return manifest.score if manifest.monitor == monitor else manifest.logs.get(monitor)
+
+
+def _best(manifests: list[Manifest], monitor: str | None, mode: Mode) -> str:
+    if monitor is None:
+        return ""
+    found = (_score(manifest, monitor) for manifest in manifests)
+    finite = [score for score in found if score is not None and math.isfinite(score)]
+    if not finite:
+        return ""
+    return f", the best {monitor} is {describe(min(finite) if mode == 'min' else max(finite))}"

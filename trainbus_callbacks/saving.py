@@ -1,0 +1,347 @@
+"""ModelCheckpoint: decides when to save, under which name and whether it is the best. Asks, never writes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import reprlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from trainbus import ranks
+from trainbus.callback import Callback
+from trainbus.errors import PayloadError, did_you_mean
+from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, resolve_mode
+from trainbus_callbacks.earlier_runs import reconcile, warning_of_other_runs
+from trainbus_callbacks.naming import FilledName, NameTemplate
+from trainbus_callbacks.scalars import as_float, describe, floats_of
+from trainbus_callbacks.triggers import batches_between_saves
+
+__all__ = ["ModelCheckpoint"]
+
+logger = logging.getLogger("trainbus")
+
+
+class ModelCheckpoint(Callback):
+    """
+    Save at the end of epochs, or every so many batches; all, or only what is better than before.
+
+    Called last of the callbacks at an event (priority 100), on the training thread, so that the file
+    holds what the others did. It asks `handler.save_async` and goes on: only a copy of the state is
+    waited for. Rank 0 decides and writes; elsewhere nothing happens.
+
+    Args:
+        filepath: A template such as ``"runs/best_{epoch:03d}_{val_loss:.4f}.pt"``. Fields are ``epoch``
+            (1-based), ``batch`` (completed in this epoch), ``global_step`` and each metric of the logs.
+
+        monitor: The metric that tells which file is best.
+
+        save_best_only:
+            Save only if *monitor* is strictly better than ever before. NaN and inf never are.
+
+        save_weights_only: Save the module's ``state_dict()`` alone. Such a file cannot be resumed from.
+
+        mode:
+            ``"min"`` or ``"max"``: which *monitor* is better. ``"auto"``: ``"max"`` if its name contains
+            ``acc`` or starts with ``fmeasure``, else ``"min"``; warns where that is a guess.
+
+        save_freq:
+            ``"epoch"``, or a number of training batches, counted over the whole run. *monitor* is then
+            looked for in the logs of the batch.
+
+        initial_value_threshold:
+            Save nothing until *monitor* has once been strictly better than this. (In Keras the option
+            of this name is an initial best, and without *save_best_only* it does nothing.)
+
+        name: What the state is saved under; by default `state_key` is made of the arguments.
+
+    Attributes:
+        mode: ``"min"`` or ``"max"``.
+
+    Raises:
+        TypeError: If *filepath* or *monitor* is of no use by its type.
+        ValueError: If an argument is out of its range, or two contradict each other.
+    """
+
+    priority = 100
+
+    def __init__(
+        self,
+        filepath: str | os.PathLike[str],
+        monitor: str | None = None,
+        save_best_only: bool = False,
+        save_weights_only: bool = False,
+        mode: str = "auto",
+        save_freq: str | int = "epoch",
+        initial_value_threshold: float | None = None,
+        *,
+        name: str | None = None,
+    ) -> None:
+        self._template = NameTemplate(filepath)
+        self._every = batches_between_saves(save_freq)
+        check_monitor(monitor, save_best_only, initial_value_threshold)
+        self.filepath = os.fspath(filepath)
+        self.monitor = monitor
+        self.save_best_only = save_best_only
+        self.save_weights_only = save_weights_only
+        self.mode = resolve_mode(monitor, mode)
+        self.save_freq = save_freq
+        self.initial_value_threshold = initial_value_threshold
+        self._name = name
+        self._ledger = ScoreLedger(self.mode, initial_value_threshold)
+        self._due = False  # a save fell into gradient accumulation and waits for its end
+        self._batches_hold_metric: bool | None = None  # None: no batch was seen yet
+        self._looked_for_other_runs = False
+        self._said: set[str] = set()
+
+    @property
+    def best_score(self) -> float | None:
+        """The best score that is safely on disk; None before the first."""
+        return self._ledger.durable.best_score
+
+    @property
+    def best_path(self) -> str | None:
+        """The file that holds `best_score`; None also if a later save has replaced that file."""
+        return self._ledger.durable.best_path
+
+    @property
+    def state_key(self) -> str:
+        """*name*, or the arguments that are not at their defaults, without the folder."""
+        if self._name is not None:
+            return self._name
+        options = {
+            "monitor": self.monitor,
+            "mode": self.mode if self.monitor else None,
+            "save_best_only": self.save_best_only or None,
+            "save_weights_only": self.save_weights_only or None,
+            "save_freq": self._every,
+            "initial_value_threshold": self.initial_value_threshold,
+        }
+        given = [f"{option}={value!r}" for option, value in options.items() if value is not None]
+        return f"ModelCheckpoint({', '.join([repr(self._template.last), *given])})"
+
+    # -- events
+
+    def on_train_begin(self, handler: Any) -> None:
+        """Warn of another run's files."""
+        if _decides(handler):
+            self._warn_of_other_runs(handler)
+
+    def on_train_batch_end(
+        self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
+    ) -> None:
+        """Save if `save_freq` is a number and its time has come."""
+        if self._every is None or not _decides(handler):
+            return
+        self._batches_hold_metric = self._batches_hold_metric or self.monitor in logs
+        self._due = self._due or global_step % self._every == 0
+        if self._due and not handler.accumulating:
+            self._due = False
+            self._consider(handler, epoch, batch, global_step, logs)
+
+    def on_epoch_end(
+        self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
+    ) -> None:
+        """Save if `save_freq` is ``"epoch"``, or if a save waited for gradient accumulation to end."""
+        if not _decides(handler):
+            return
+        if self._every is not None:
+            self._check_metric_is_there_in_time(logs)
+            self._ledger.gate(as_float(logs.get(self.monitor)) if self.monitor is not None else None)
+            if not self._due:
+                return
+        self._due = False
+        self._consider(handler, epoch, batch, global_step, logs)
+
+    def on_checkpoint_saved(self, save: Any) -> None:
+        """Count the file as there."""
+        self._ledger.settle(save, durable=True)
+
+    def on_checkpoint_failed(self, save: Any) -> None:
+        """Go back to what was best before."""
+        self._ledger.settle(save, durable=False)
+
+    on_checkpoint_skipped = on_checkpoint_failed
+
+    # -- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as it will be once all saves asked for are durable, in plain types."""
+        return {
+            "monitor": self.monitor,
+            "mode": self._judged_by,
+            **asdict(self._ledger.expected),
+            "threshold_passed": self._ledger.threshold_passed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Continue from *state*, as far as the file of the best bears it out. Reads that file's manifest.
+
+        Missing keys are taken as nothing saved yet.
+
+        Warns:
+            RuntimeWarning: If *state* is of another monitor or mode (nothing is taken), or its best
+                file is lost.
+        """
+        for key, mine in (("monitor", self.monitor), ("mode", self._judged_by)):
+            if state.get(key, mine) != mine:
+                warnings.warn(
+                    f"{self.state_key} has {key} {mine!r}, the checkpoint's has {state[key]!r}: its best "
+                    "is not comparable and not taken over. Use the same arguments to continue it.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return
+        best_score = as_float(state.get("best_score"))
+        standing = Standing(
+            best_score if best_score is not None and math.isfinite(best_score) else None,
+            state.get("best_path"),
+            state.get("last_epoch_saved"),
+            state.get("last_step_saved"),
+        )
+        if ranks.rank() == 0:
+            standing = reconcile(standing, self.monitor, self._template.folder)
+        self._ledger.restore(standing, threshold_passed=bool(state.get("threshold_passed")))
+
+    # -- inside
+
+    @property
+    def _judged_by(self) -> str | None:
+        return self.mode if self.monitor is not None else None
+
+    def _consider(
+        self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
+    ) -> None:
+        """Save if this event's metric allows it."""
+        floats, unusable = floats_of(logs)
+        score = floats.get(self.monitor) if self.monitor is not None else None
+        wanted = self._wants(score)
+        self._warn_of_metric(score, wanted, floats, unusable)
+        if not wanted:
+            return
+        name = self._template.fill(
+            epoch=epoch + 1,
+            batch=batch + 1,
+            global_step=global_step,
+            logs=floats,
+            batch_mode=self._every is not None,
+        )
+        self._warn_of_missing_fields(name, floats, unusable)
+        self._warn_of_other_runs(handler)
+        moment = f"epoch {epoch + 1}" if self._every is None else f"step {global_step}"
+        self._save(handler, name.path, epoch, global_step, floats, score, moment)
+
+    def _wants(self, score: float | None) -> bool:
+        if not self._ledger.gate(score):
+            return False
+        return not self.save_best_only or (score is not None and self._ledger.improves(score))
+
+    def _save(
+        self,
+        handler: Any,
+        path: str,
+        epoch: int,
+        global_step: int,
+        logs: Mapping[str, float],
+        score: float | None,
+        moment: str,
+    ) -> None:
+        before = self._ledger.expected.best_score
+        best = score if score is not None and self._ledger.improves(score) else None
+        # Proposed first: the state that goes into the file already counts the file.
+        proposal = self._ledger.propose(path, best, epoch=epoch, global_step=global_step)
+        try:
+            save = handler.save_async(
+                path,
+                weights_only=self.save_weights_only,
+                stream=self.state_key,
+                logs=logs,
+                monitor=self.monitor,
+                mode=self._judged_by,
+                score=score,
+            )
+        except BaseException:
+            self._ledger.withdraw(proposal)
+            raise
+        proposal.save = save
+        if best is not None and before is None:
+            logger.info("%s: %s is %s, the first", moment, self.monitor, describe(best))
+        elif best is not None and before is not None:
+            logger.info(
+                "%s: %s improved from %s to %s", moment, self.monitor, describe(before), describe(best)
+            )
+
+    def _check_metric_is_there_in_time(self, logs: Mapping[str, Any]) -> None:
+        if self.save_best_only and self._batches_hold_metric is False and self.monitor in logs:
+            raise ValueError(
+                f"{self.state_key} can never save: it decides every {self._every} batches, and "
+                f'{self.monitor!r} is among the logs of epochs only. Use save_freq="epoch", or log it in '
+                "each batch."
+            )
+
+    # -- what the user should know; each is said once
+
+    def _warn_of_metric(
+        self, score: float | None, wanted: bool, floats: Mapping[str, float], unusable: Mapping[str, Any]
+    ) -> None:
+        if self.monitor is None:
+            return
+        if score is not None:
+            if not math.isfinite(score) and self._is_new(f"not finite {self.monitor}"):
+                logger.warning("%s is %s, which never counts as best.", self.monitor, score)
+            return
+        # The metric of an epoch is not expected in each batch, unless saves depend on it.
+        expected = self._every is None or self.save_best_only or self.monitor in unusable
+        if expected and self._is_new(f"metric {self.monitor}"):
+            _warn(
+                f"{self.state_key} cannot judge by {_reason(self.monitor, floats, unusable)} "
+                f"{'It saves all the same.' if wanted else 'It saves nothing until the metric is there.'}"
+            )
+
+    def _warn_of_missing_fields(
+        self, name: FilledName, floats: Mapping[str, float], unusable: Mapping[str, Any]
+    ) -> None:
+        for field in name.missing:
+            if self._is_new(f"field {field}"):
+                _warn(
+                    f"The file name {self._template.last!r} cannot hold {_reason(field, floats, unusable)} "
+                    f"It goes without: {os.path.basename(name.path)!r}."
+                )
+
+    def _warn_of_other_runs(self, handler: Any) -> None:
+        if self._looked_for_other_runs:
+            return
+        self._looked_for_other_runs = True
+        if not handler.resumed:
+            message = warning_of_other_runs(self._template, handler.run_id, self.monitor, self.mode)
+            if message is not None:
+                _warn(message)
+
+    def _is_new(self, what: str) -> bool:
+        new = what not in self._said
+        self._said.add(what)
+        return new
+
+
+def _decides(handler: Any) -> bool:
+    if handler is None:
+        raise PayloadError(
+            "ModelCheckpoint needs events that carry a handler, and this one has none. Set bus.handler, "
+            "or emit it with handler=...; trainbus.testing.FakeHandler is one for tests."
+        )
+    return bool(handler.rank == 0)
+
+
+def _reason(name: str, floats: Mapping[str, float], unusable: Mapping[str, Any]) -> str:
+    if name in unusable:
+        return f"{name!r}: its value is {reprlib.repr(unusable[name])}, which is not one real number."
+    known = ", ".join([*floats, *unusable]) or "none"
+    return f"{name!r}: it is not among the logs.{did_you_mean(name, floats)} Available: {known}."
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
