@@ -105,9 +105,7 @@ class CheckpointWriteError(CheckpointError, OSError):
         self.path = path
         self.global_step = global_step
         number = cause.errno if isinstance(cause, OSError) else None
-        reason = (
-            f"[Errno {number}] {os.strerror(number)}" if number else f"{type(cause).__name__}: {cause}"
-        )
+        reason = f"[Errno {number}] {os.strerror(number)}" if number else f"{type(cause).__name__}: {cause}"
         super().__init__(
             f"Cannot write checkpoint {path!r} of global step {global_step}: {reason}. "
             "Training state is unharmed and the previous file, if any, is untouched."
