@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainbus.checkpoint.staging_copy import take_snapshot
+from trainbus.checkpoint.staging_memory import StagingMemory
+
+
+class TestStagingMemory:
+    def test_reused(self):
+        """
+        A buffer that is given back is handed out again, with its memory.
+        """
+        memory = StagingMemory(2)
+        first = memory.acquire(10_000)
+        mapping = first.mapping
+        memory.release(first)
+
+        second = memory.acquire(9_000)
+
+        assert second is first
+        assert second.mapping is mapping
+        assert memory.size == 12288
+
+    def test_grown(self):
+        """
+        A buffer that is too small is replaced, with whatever was kept with it.
+        """
+        memory = StagingMemory()
+        buffer = memory.acquire(100)
+        buffer.views = "old"
+        memory.release(buffer)
+
+        buffer = memory.acquire(50_000)
+
+        assert len(buffer.mapping) >= 50_000
+        assert buffer.views is None
+        assert memory.size == len(buffer.mapping)
+
+    def test_all_taken(self):
+        """
+        More snapshots than buffers is an error that says what to do, and no endless wait.
+        """
+        memory = StagingMemory(2)
+        memory.acquire(1)
+        memory.acquire(1)
+
+        with pytest.raises(RuntimeError, match="all 2 staging buffers hold one that is not released"):
+            memory.acquire(1)
+
+    def test_released_twice(self):
+        """
+        Releasing a buffer twice does not hand it out twice.
+        """
+        memory = StagingMemory()
+        buffer = memory.acquire(1)
+        memory.release(buffer)
+        memory.release(buffer)
+
+        memory.acquire(1)
+        with pytest.raises(RuntimeError):
+            memory.acquire(1)
+
+    def test_no_memory_left(self):
+        """
+        A buffer that could not be made can be asked for again.
+        """
+        memory = StagingMemory()
+        with pytest.raises(OSError):
+            memory.acquire(1 << 60)
+
+        assert len(memory.acquire(100).mapping) == 4096
+
+    @pytest.mark.parametrize("buffers", [0, -1])
+    def test_no_buffers(self, buffers):
+        """
+        There is at least one buffer.
+        """
+        with pytest.raises(ValueError, match=f"buffers must be at least 1, got {buffers}"):
+            StagingMemory(buffers)
+
+    def test_threads(self):
+        """
+        Threads that take and release at the same time never share a buffer.
+        """
+        memory = StagingMemory(4)
+        shared = []
+
+        def use() -> None:
+            for _ in range(500):
+                buffer = memory.acquire(1)
+                if buffer.views is not None:
+                    shared.append(buffer)
+                buffer.views = "mine"
+                buffer.views = None
+                memory.release(buffer)
+
+        threads = [threading.Thread(target=use) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+
+        assert shared == []
+
+
+def mapped() -> str:
+    return Path("/proc/self/maps").read_text()
+
+
+# Python warns of every fork beside threads; torch has some.
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+class TestFork:
+    def test_child_has_memory_of_its_own(self):
+        """
+        A forked child takes snapshots without touching the parent's, also if one was being held.
+        """
+        memory = StagingMemory()
+        held = take_snapshot({"a": torch.ones(1000)}, memory)
+        address = held.state["a"].data_ptr()
+
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                snapshot = take_snapshot({"a": torch.zeros(1000)}, memory)
+                held.release()
+                status = 0 if snapshot.state["a"].equal(torch.zeros(1000)) else 2
+            finally:
+                os._exit(status)
+
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert held.state["a"].equal(torch.ones(1000))
+        assert held.state["a"].data_ptr() == address
+
+    def test_child_does_not_inherit_the_pages(self):
+        """
+        The staging memory is left out of forked children.
+        """
+        buffer = StagingMemory().acquire(3 << 20)
+        start = f"{torch.frombuffer(buffer.mapping, dtype=torch.uint8).data_ptr():x}-"
+        read, write = os.pipe()
+
+        child = os.fork()
+        if child == 0:
+            try:
+                os.write(write, b"inherited" if start in mapped() else b"left out")
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+
+        assert start in mapped()
+        assert os.read(read, 10) == b"left out"
+        os.close(read)
+        os.close(write)

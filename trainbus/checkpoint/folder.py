@@ -1,0 +1,109 @@
+"""A folder of checkpoints: which there are, the newest, the best. Needs no torch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trainbus.checkpoint.file_format import Manifest, open_regular, read_manifest
+from trainbus.errors import CheckpointCorruptError
+
+__all__ = ["CheckpointFile", "CheckpointFolder"]
+
+_log = logging.getLogger("trainbus")
+_ZIP_START = b"PK\x03\x04"
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """One checkpoint: where it is and what it says of itself."""
+
+    path: str
+    manifest: Manifest
+
+
+class CheckpointFolder:
+    """
+    The checkpoints directly inside one folder.
+
+    Iterating gives a `CheckpointFile` each, in order of ``sequence``. Only the ends and
+    sizes of files are read, anew each time; digests are not checked. Files that are no
+    checkpoints, hidden ones and files without a manifest are passed over; a damaged one
+    is too, with one warning in the log. A folder that does not exist is empty.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.expanduser(os.fspath(path))
+        self._warned: set[str] = set()
+
+    def __iter__(self) -> Iterator[CheckpointFile]:
+        files = []
+        for path in self._candidates():
+            manifest = self._read(path)
+            if manifest is not None:
+                files.append(CheckpointFile(path, manifest))
+        files.sort(key=lambda file: (file.manifest.sequence, file.manifest.created, file.path))
+        return iter(files)
+
+    def latest(self) -> CheckpointFile | None:
+        """Return the newest that a run can be resumed from, or None."""
+        newest = None
+        for file in self:
+            if file.manifest.contents == "state" and not file.manifest.interrupted:
+                newest = file
+        return newest
+
+    def best(self, monitor: str, mode: str) -> CheckpointFile | None:
+        """
+        Return the one with the best finite value of a metric, the older of equals, or None.
+
+        Args:
+            monitor: The metric's name.
+            mode: ``"min"`` or ``"max"``.
+        """
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
+        sign = 1.0 if mode == "min" else -1.0
+        ranked = [(sign * value, file) for file in self if math.isfinite(value := _value(file, monitor))]
+        return min(ranked, key=lambda entry: entry[0])[1] if ranked else None
+
+    def greatest_sequence(self) -> int:
+        """Return the greatest ``sequence`` of any checkpoint here, 0 if there is none."""
+        return max((file.manifest.sequence for file in self), default=0)
+
+    def _candidates(self) -> list[str]:
+        try:
+            with os.scandir(self.path) as entries:
+                return [entry.path for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+        except FileNotFoundError:
+            return []
+
+    def _read(self, path: str) -> Manifest | None:
+        try:
+            return read_manifest(path)
+        except FileNotFoundError:
+            return None
+        except (CheckpointCorruptError, OSError) as error:
+            if path not in self._warned and not _is_foreign(path):
+                self._warned.add(path)
+                _log.warning("Passing over a checkpoint: %s", error)
+            return None
+
+
+def _value(file: CheckpointFile, monitor: str) -> float:
+    if monitor in file.manifest.logs:
+        return file.manifest.logs[monitor]
+    if file.manifest.monitor == monitor and file.manifest.score is not None:
+        return file.manifest.score
+    return math.nan
+
+
+def _is_foreign(path: str) -> bool:
+    try:
+        with open_regular(path) as file:
+            return file.read(len(_ZIP_START)) != _ZIP_START
+    except (CheckpointCorruptError, OSError):
+        return False

@@ -1,0 +1,121 @@
+"""From a file back to a state: checked first, then loaded without running anything it contains."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from typing import Any, BinaryIO, TypeAlias
+
+import torch
+
+from trainbus.checkpoint.file_format import Manifest, check_digest, open_regular, read_ending
+from trainbus.errors import CheckpointCorruptError, UntrustedPickleError
+
+__all__ = ["MapLocation", "load_file", "verify_file"]
+
+MapLocation: TypeAlias = str | torch.device | dict[str, str] | Callable[[Any, str], Any] | None
+"""What ``torch.load`` takes as ``map_location``."""
+
+_ZIP_START = b"PK\x03\x04"
+
+
+def load_file(
+    path: str | os.PathLike[str],
+    *,
+    map_location: MapLocation = "cpu",
+    verify: bool = True,
+    trust_pickle: bool = False,
+) -> tuple[Any, Manifest | None]:
+    """
+    Load a checkpoint. Blocks while the file is read, twice with *verify*.
+
+    Nothing in the file is imported or run unless *trust_pickle* is set.
+
+    Args:
+        path: The file; ``~`` is understood. Any file of ``torch.save`` is taken; one
+            without a manifest cannot be verified.
+        map_location: As for ``torch.load``.
+        verify: Compare the whole file with its digest first.
+        trust_pickle: Load with ``weights_only=False``: the file may then run any code.
+
+    Returns:
+        What was saved, and the manifest or None.
+
+    Raises:
+        CheckpointCorruptError: The file is damaged.
+        UntrustedPickleError: It has no manifest and holds more than tensors and plain values.
+        OSError: It cannot be opened.
+    """
+    if isinstance(map_location, str | torch.device):
+        # A device that is not there is the caller's mistake and must not look like a damaged file.
+        torch.empty(0, device=map_location)
+    with open_regular(path) as file:
+        manifest = _examine(file, path, verify=verify)
+        file.seek(0)
+        try:
+            with torch.sparse.check_sparse_tensor_invariants(True):  # type: ignore[no-untyped-call]
+                state = torch.load(file, map_location=map_location, weights_only=not trust_pickle)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if trust_pickle and isinstance(error, ImportError | AttributeError):
+                raise
+            if manifest is None and "Unsupported global" in str(error):
+                raise UntrustedPickleError(path, _first_words(error)) from error
+            raise CheckpointCorruptError(path, f"it cannot be read ({_first_words(error)})") from error
+    return state, manifest
+
+
+def verify_file(path: str | os.PathLike[str]) -> Manifest:
+    """
+    Check every bit of a file against its digest. Blocks for as long as reading it takes.
+
+    Raises:
+        CheckpointCorruptError: It is damaged, or has no manifest to be checked against.
+        OSError: It cannot be opened.
+    """
+    with open_regular(path) as file:
+        ending = read_ending(file, path)
+        if ending is None:
+            raise CheckpointCorruptError(path, "it has no manifest, so there is nothing to check it against")
+        check_digest(file, path, ending)
+    return ending.manifest
+
+
+def _examine(file: BinaryIO, path: str | os.PathLike[str], *, verify: bool) -> Manifest | None:
+    is_zip = file.read(len(_ZIP_START)) == _ZIP_START
+    try:
+        ending = read_ending(file, path)
+    except CheckpointCorruptError:
+        if is_zip:
+            raise
+        # Nothing of a zip at either end: perhaps the format of torch before 1.6.
+        return None
+    if ending is not None and verify:
+        check_digest(file, path, ending)
+    _check_directory(file, path)
+    return None if ending is None else ending.manifest
+
+
+def _check_directory(file: BinaryIO, path: str | os.PathLike[str]) -> None:
+    """Refuse a zip that would unpack to more than it is, or that begins before its first record."""
+    try:
+        records = zipfile.ZipFile(file).infolist()
+    except Exception as error:
+        # Hostile directories make zipfile raise half a dozen different things.
+        raise CheckpointCorruptError(path, f"its zip directory is broken ({_first_words(error)})") from error
+    sizes = sum(record.file_size for record in records)
+    if (
+        any(record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 for record in records)
+        or any(record.file_size != record.compress_size for record in records)
+        or len({record.filename for record in records}) != len(records)
+        or min((record.header_offset for record in records), default=-1) != 0
+        or sizes > os.fstat(file.fileno()).st_size
+    ):
+        raise CheckpointCorruptError(path, "its zip directory is not one that torch.save writes")
+
+
+def _first_words(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"

@@ -1,0 +1,110 @@
+"""The reused host buffers that snapshots are copied into. Needs no torch."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import weakref
+
+__all__ = ["StagingBuffer", "StagingMemory"]
+
+
+class StagingBuffer:
+    """
+    One anonymous shared mapping, kept and grown as snapshots need it.
+
+    Shared, because a private mapping is copied page by page after a fork; and left out
+    of forked children altogether where the system can do that.
+
+    Attributes:
+        mapping: The memory, or None before the first use.
+        views: Whatever the copier keeps for reuse with this very mapping; dropped with it.
+    """
+
+    def __init__(self) -> None:
+        self.mapping: mmap.mmap | None = None
+        self.views: object | None = None
+
+    def reserve(self, size: int) -> None:
+        """Make room for *size* bytes. What was in a mapping that is too small is lost."""
+        if self.mapping is not None and len(self.mapping) >= size:
+            return
+        # Let go of the old one first, so that both never count at the same time.
+        self.views = None
+        self.mapping = None
+        pages = max(1, -(-size // mmap.PAGESIZE))
+        mapping = mmap.mmap(-1, pages * mmap.PAGESIZE)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            mapping.madvise(mmap.MADV_DONTFORK)
+        self.mapping = mapping
+
+
+class StagingMemory:
+    """
+    Hands out *buffers* buffers, one to each snapshot that is not released yet.
+
+    Safe to use from several threads. A forked child starts with none of the parent's.
+
+    Args:
+        buffers: How many snapshots may exist at a time; as many as saves may be pending.
+    """
+
+    def __init__(self, buffers: int = 1) -> None:
+        if buffers < 1:
+            raise ValueError(f"buffers must be at least 1, got {buffers!r}.")
+        self._buffers = buffers
+        self._reset()
+        _ALL.add(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        # Used as a stack: the warm buffer first, so that no second one is ever made without need.
+        self._free = [StagingBuffer() for _ in range(self._buffers)]
+        self._taken: list[StagingBuffer] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes mapped at the moment, by all buffers together."""
+        with self._lock:
+            return sum(len(buffer.mapping or b"") for buffer in (*self._free, *self._taken))
+
+    def acquire(self, size: int) -> StagingBuffer:
+        """
+        Take a buffer of at least *size* bytes. Never waits.
+
+        Raises:
+            RuntimeError: All are taken.
+            OSError: The system has no memory left.
+        """
+        with self._lock:
+            if not self._free:
+                raise RuntimeError(
+                    f"Cannot take another snapshot: all {self._buffers} staging buffers hold one that is "
+                    "not released. Release it first, or make StagingMemory with more buffers."
+                )
+            # Reserved while it is still free: a failure leaves it there.
+            self._free[-1].reserve(size)
+            self._taken.append(self._free.pop())
+            return self._taken[-1]
+
+    def release(self, buffer: StagingBuffer) -> None:
+        """Give a buffer back. One that is not taken, as after a fork, is ignored."""
+        with self._lock:
+            if buffer in self._taken:
+                self._taken.remove(buffer)
+                self._free.append(buffer)
+
+
+_ALL: weakref.WeakSet[StagingMemory] = weakref.WeakSet()
+_INHERITED: list[mmap.mmap | None] = []
+
+
+def _forget_in_child() -> None:
+    for memory in list(_ALL):
+        # Kept for ever: freeing them would unmap addresses that by then hold something else.
+        _INHERITED.extend(buffer.mapping for buffer in (*memory._free, *memory._taken))
+        memory._reset()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

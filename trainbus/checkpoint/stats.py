@@ -1,0 +1,46 @@
+"""What checkpoints cost a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CheckpointStats"]
+
+
+@dataclass
+class CheckpointStats:
+    """
+    Sums over a run's saves so far.
+
+    Attributes:
+        saves: Files that became durable.
+        bytes: Their sizes together.
+        seconds_lost: Time the training thread spent inside of save calls: waiting for room,
+            collecting the state, copying it.
+        seconds_to_durable: From each request to its file being durable, summed; training went
+            on meanwhile.
+        skipped: Saves given up because the writer was busy.
+        failed: Saves that could not be written.
+    """
+
+    saves: int = 0
+    bytes: int = 0
+    seconds_lost: float = 0.0
+    seconds_to_durable: float = 0.0
+    skipped: int = 0
+    failed: int = 0
+
+    def summary(self) -> str:
+        """Return the sums as one line for people."""
+        if not self.saves + self.skipped + self.failed:
+            return "no checkpoints"
+        each = 1000 * self.seconds_lost / max(1, self.saves)
+        line = (
+            f"{self.saves} checkpoints, {self.bytes / 1e6:.1f} MB: training lost {self.seconds_lost:.2f} s "
+            f"({each:.1f} ms each), {self.seconds_to_durable:.2f} s of writing went on in the background"
+        )
+        if self.skipped:
+            line += f", {self.skipped} skipped"
+        if self.failed:
+            line += f", {self.failed} failed"
+        return line
