@@ -1,0 +1,1 @@
+"""What a run must remember to go on exactly: its state, its random numbers, its place in the data."""

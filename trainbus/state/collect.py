@@ -1,0 +1,132 @@
+"""The state of a run as one nested dict, and back.
+
+Top-level keys: ``module, optimizer, scheduler, scaler, extra, callbacks, progress, rng, data``.
+A part the run does not have is None.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from trainbus.errors import StateMismatchError, did_you_mean
+
+__all__ = ["KEYS", "Parts", "Stateful", "collect", "collect_weights", "restore"]
+
+KEYS = ("module", "optimizer", "scheduler", "scaler", "extra", "callbacks", "progress", "rng", "data")
+
+logger = logging.getLogger("trainbus")
+
+
+class Stateful(Protocol):
+    """Anything with a state: modules, optimizers, schedulers, scalers, callbacks, the user's own."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+@dataclass
+class Parts:
+    """
+    The objects of a run whose state is saved.
+
+    Attributes:
+        module, optimizer, scheduler: One object, or a dict of them by name.
+        scaler: A GradScaler, or None.
+        extra: The user's own objects, by name.
+        callbacks: By state key.
+    """
+
+    module: Any
+    optimizer: Any = None
+    scheduler: Any = None
+    scaler: Any = None
+    extra: Mapping[str, Stateful] = field(default_factory=dict)
+    callbacks: Mapping[str, Stateful] = field(default_factory=dict)
+
+
+def collect(parts: Parts, progress: Any, rng: Any, data: Any) -> dict[str, Any]:
+    """Return the full state; its tensors are the live ones, still to be copied."""
+    state = {key: _state_of(getattr(parts, key)) for key in KEYS[:6]}
+    return {**state, "progress": progress, "rng": rng, "data": data}
+
+
+def collect_weights(parts: Parts) -> Any:
+    """Return the module's ``state_dict()`` alone (a dict of them for several modules)."""
+    return _state_of(parts.module)
+
+
+def restore(parts: Parts, state: Mapping[str, Any], only: Collection[str], strict: bool) -> None:
+    """
+    Load the objects' parts of *state* that *only* names.
+
+    What does not fit by its structure is refused before anything is changed.
+
+    Raises:
+        StateMismatchError: With *strict*, if the run and the file have different parts.
+    """
+    loads: list[Callable[[], Any]] = []
+    for key in KEYS[:6]:
+        if key in only:
+            loads += _loads_of(key, getattr(parts, key), state.get(key), strict)
+    for load in loads:
+        load()
+
+
+def _state_of(thing: Any) -> Any:
+    if thing is None:
+        return None
+    if isinstance(thing, Mapping):
+        return {name: _state_of(one) for name, one in thing.items()}
+    return thing.state_dict()
+
+
+def _loads_of(key: str, mine: Any, saved: Any, strict: bool) -> list[Callable[[], Any]]:
+    if isinstance(mine, Mapping):
+        return _loads_of_each(key, mine, saved if isinstance(saved, Mapping) else {}, strict)
+    if mine is None or saved is None:
+        if mine is not saved and _is_refused(key, strict):
+            raise StateMismatchError(_one_sided(key, "file" if mine is None else "run"))
+        return []
+    if key == "module" and not strict:
+        return [lambda: mine.load_state_dict(saved, strict=False)]
+    return [lambda: mine.load_state_dict(saved)]
+
+
+def _loads_of_each(
+    key: str, mine: Mapping[str, Any], saved: Mapping[str, Any], strict: bool
+) -> list[Callable[[], Any]]:
+    loads = []
+    for name in sorted({*mine, *saved}):
+        if name in mine and name in saved:
+            loads += _loads_of(f"{key}[{name!r}]", mine[name], saved[name], strict)
+        elif key == "callbacks":
+            if name in saved:
+                logger.warning(
+                    "The checkpoint holds the state of callback %r, which this run does not have.%s",
+                    name,
+                    did_you_mean(name, mine),
+                )
+        elif _is_refused(key, strict):
+            where = "run" if name in mine else "file"
+            raise StateMismatchError(
+                _one_sided(f"{key}[{name!r}]", where) + did_you_mean(name, {*mine, *saved} - {name})
+            )
+    return loads
+
+
+def _is_refused(key: str, strict: bool) -> bool:
+    if not strict:
+        logger.warning("Not loaded: %s is not on both sides, in the checkpoint and in this run.", key)
+    return strict
+
+
+def _one_sided(key: str, where: str) -> str:
+    other = "file" if where == "run" else "run"
+    return (
+        f"Cannot load {key}: the {where} has it and the {other} has not. Make them agree, "
+        "or name what to load with only=(...), or pass strict=False."
+    )
