@@ -1,0 +1,209 @@
+"""Handler.fit: the same numbers as the loop by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from trainbus import Handler
+from trainbus.testing import EventRecorder
+from trainbus_callbacks import ModelCheckpoint
+
+
+def make(scheduler=None, **options):
+    """Return a handler and two loaders, the same each time."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(10, 2), torch.randn(10, 1))
+    model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.2), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    handler = Handler(model, optimizer, scheduler=scheduler and scheduler(optimizer), **options)
+    return handler, DataLoader(data, 2, shuffle=True), DataLoader(data, 5)
+
+
+def weights(handler):
+    """Return all parameters as one vector."""
+    return nn.utils.parameters_to_vector(handler.module.parameters()).detach().clone()
+
+
+class TestFit:
+    def test_equals_the_loop_by_hand(self):
+        """Same seeds, same weights, same losses, bit for bit."""
+        handler, train, val = make()
+        recorder = EventRecorder(handler.bus, only=["epoch_end"])
+        with handler:
+            handler.fit(train, val, epochs=2, loss_fn=mse_loss)
+
+        other, train, val = make()
+        model, optimizer, losses = other.module, other.optimizer, []
+        for _ in range(2):
+            model.train()
+            for x, y in train:
+                mse_loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            model.eval()
+            with torch.no_grad():
+                losses.append([mse_loss(model(x), y).item() for x, y in val])
+
+        assert torch.equal(weights(handler), weights(other))
+        assert [p["logs"]["val_loss"] for p in recorder.of("epoch_end")] == [sum(pair) / 2 for pair in losses]
+
+    def test_accumulates(self):
+        """accumulate=k steps every k batches, and with the rest at the end of the epoch."""
+        handler, train, _ = make()
+        steps = []
+        handler.optimizer.register_step_post_hook(lambda *_: steps.append(handler.batch))
+        with handler:
+            handler.fit(train, epochs=1, loss_fn=mse_loss, accumulate=2)
+
+        assert steps == [1, 3, 4]
+
+    def test_train_step_gives_metrics(self):
+        """A step may return a dict of metrics whose loss is trained on; val_step is asked in validation."""
+        handler, train, val = make()
+        recorder = EventRecorder(handler.bus, only=["epoch_end"])
+
+        def step(model, batch):
+            loss = mse_loss(model(batch[0]), batch[1])
+            return {"loss": loss, "twice": 2 * loss.detach()}
+
+        with handler:
+            handler.fit(train, val, epochs=1, train_step=step, val_step=lambda model, batch: torch.ones(()))
+
+        logs = dict(recorder.of("epoch_end")[0]["logs"])
+        assert set(logs) == {"loss", "twice", "val_loss"}
+        assert logs["twice"] == pytest.approx(2 * logs["loss"]) and logs["val_loss"] == 1.0
+
+    def test_modes_and_gradients(self):
+        """Training runs in train mode with gradients, validation in eval mode without."""
+        handler, train, val = make()
+        seen = set()
+
+        def step(model, batch):
+            seen.add((model.training, torch.is_grad_enabled()))
+            return mse_loss(model(batch[0]), batch[1])
+
+        with handler:
+            handler.fit(train, val, epochs=1, train_step=step)
+
+        assert seen == {(True, True), (False, False)}
+
+    def test_clips(self):
+        """clip_norm bounds the gradients that the optimizer sees."""
+        handler, train, _ = make()
+        norms = []
+        parameters = list(handler.module.parameters())
+        handler.optimizer.register_step_pre_hook(
+            lambda *_: norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters]).item())
+        )
+        with handler:
+            handler.fit(train, epochs=1, loss_fn=mse_loss, clip_norm=1e-3)
+
+        assert max(norms) <= 1e-3 * 1.001
+
+    def test_scheduler_steps_before_the_checkpoint(self, tmp_path):
+        """The epoch's file holds the scheduler as the next epoch needs it."""
+        handler, train, _ = make(lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.1))
+        with handler:
+            handler.add_callback(ModelCheckpoint(tmp_path / "a.pt"))
+            handler.fit(train, epochs=1, loss_fn=mse_loss)
+
+        state = torch.load(tmp_path / "a.pt", weights_only=True)
+        assert state["scheduler"]["last_epoch"] == 1
+        assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.001)
+
+    def test_scheduler_per_batch(self):
+        """step_scheduler="batch" steps it after each optimizer step."""
+        handler, train, _ = make(lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5))
+        with handler:
+            handler.fit(train, epochs=1, loss_fn=mse_loss, accumulate=2, step_scheduler="batch")
+
+        assert handler.scheduler.last_epoch == 3
+
+    def test_plateau_gets_its_metric(self):
+        """ReduceLROnPlateau is given the metric, and an error names those there are."""
+        handler, train, val = make(
+            lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=10)
+        )
+        with handler:
+            handler.fit(train, val, epochs=3, loss_fn=mse_loss)
+        assert handler.optimizer.param_groups[0]["lr"] < 0.01
+
+        handler, train, val = make(torch.optim.lr_scheduler.ReduceLROnPlateau)
+        with pytest.raises(
+            ValueError, match=r"'val_acc' is not among this epoch's metrics \(loss, val_loss\)"
+        ):
+            with handler:
+                handler.fit(train, val, epochs=1, loss_fn=mse_loss, scheduler_metric="val_acc")
+
+    def test_scaler_and_autocast(self):
+        """Mixed precision runs with a scaler; its state is saved."""
+        handler, train, _ = make(scaler=torch.amp.GradScaler("cpu"))
+        with handler:
+            handler.fit(train, epochs=1, loss_fn=mse_loss, autocast=torch.bfloat16, device="cpu")
+
+        assert handler.scaler.state_dict()["_growth_tracker"] == 5
+
+    def test_resumes_bit_for_bit(self, tmp_path):
+        """Stopped in the middle of accumulation and started again, it ends in the same weights."""
+        whole, train, val = make()
+        with whole:
+            whole.fit(train, val, epochs=2, loss_fn=mse_loss, accumulate=2)
+        for stop in range(1, 10):
+            first, train, val = make()
+            with first:
+                first.add_callback(ModelCheckpoint(tmp_path / f"{stop}" / "a.pt", save_freq=1))
+                first.on("train_batch_end", first.stop, after=stop - 1, once=True)
+                first.fit(train, val, epochs=2, loss_fn=mse_loss, accumulate=2)
+            second, train, val = make()
+            with second:
+                second.resume(tmp_path / f"{stop}")
+                torch.rand(stop)
+                second.fit(train, val, epochs=2, loss_fn=mse_loss, accumulate=2)
+
+            assert torch.equal(weights(second), weights(whole)), stop
+
+    def test_prints_what_happens_to_checkpoints(self, tmp_path, capsys):
+        """Without configured logging fit prints the best and the saved."""
+        import logging
+
+        root, handlers = logging.getLogger(), logging.getLogger().handlers[:]
+        for one in handlers:
+            root.removeHandler(one)
+        try:
+            handler, train, val = make()
+            with handler:
+                handler.add_callback(
+                    ModelCheckpoint(tmp_path / "best.pt", monitor="val_loss", save_best_only=True)
+                )
+                handler.fit(train, val, epochs=1, loss_fn=mse_loss)
+        finally:
+            for one in handlers:
+                root.addHandler(one)
+
+        printed = capsys.readouterr().out
+        assert "epoch 1: val_loss is" in printed and "saved best.pt (" in printed
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({}, "either loss_fn or train_step"),
+            ({"loss_fn": mse_loss, "train_step": print}, "either loss_fn or train_step"),
+            ({"loss_fn": mse_loss, "accumulate": 0}, "accumulate must be an int of at least 1, got 0"),
+            ({"loss_fn": mse_loss, "step_scheduler": "step"}, "must be 'epoch' or 'batch', got 'step'"),
+            ({"train_step": lambda model, batch: 0.5}, "must return the loss as a tensor.*got 0.5"),
+        ],
+    )
+    def test_refuses(self, options, message):
+        """Arguments that make no sense are refused, each with its rule."""
+        handler, train, _ = make()
+        with pytest.raises(ValueError, match=message), handler:
+            handler.fit(train, epochs=1, **options)
+
+    def test_refuses_several_modules(self):
+        """fit trains one module; for more there are the generators."""
+        with pytest.raises(ValueError, match=r"fit\(\) trains one module, this handler has several: G, D"):
+            Handler({"G": nn.Linear(1, 1), "D": nn.Linear(1, 1)}).fit([], epochs=1, loss_fn=mse_loss)

@@ -1,0 +1,342 @@
+"""The generators: what they hand out, what they emit, and when they do not."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from trainbus import Handler
+from trainbus.errors import TrainbusError
+from trainbus.testing import EventRecorder
+
+BATCH = ["train_batch_begin", "train_batch_end"]
+
+
+class TestEpochs:
+    def test_emits_in_order(self, handler, recorder):
+        """A whole training has the order of the catalogue, epoch_end after validation."""
+        for _ in handler.epochs(1):
+            for _ in handler.batches([1, 2]):
+                pass
+            for _ in handler.val_batches([3]):
+                pass
+
+        assert recorder.names == [
+            "train_begin",
+            "epoch_begin",
+            *BATCH,
+            *BATCH,
+            "val_begin",
+            "val_batch_begin",
+            "val_batch_end",
+            "val_end",
+            "epoch_end",
+            "train_end",
+        ]
+
+    def test_counts(self, handler):
+        """Epochs and batches are 0-based, global_step counts completed batches."""
+        seen = []
+        handler.on(
+            "train_batch_begin", lambda epoch, batch, global_step: seen.append((epoch, batch, global_step))
+        )
+        handler.on(
+            "train_batch_end", lambda epoch, batch, global_step: seen.append((epoch, batch, global_step))
+        )
+        for epoch in handler.epochs(2):
+            for _ in handler.batches("ab"):
+                assert (handler.epoch, handler.batch) == (epoch, seen[-1][1])
+
+        assert seen == [
+            (0, 0, 0),
+            (0, 0, 1),
+            (0, 1, 1),
+            (0, 1, 2),
+            (1, 0, 2),
+            (1, 0, 3),
+            (1, 1, 3),
+            (1, 1, 4),
+        ]
+        assert (handler.epoch, handler.global_step, handler.total_epochs) == (2, 4, 2)
+
+    def test_n_is_the_total(self, handler):
+        """A finished run yields nothing; a longer total continues it."""
+        assert list(handler.epochs(2)) == [0, 1]
+        assert list(handler.epochs(2)) == []
+        assert list(handler.epochs(3)) == [2]
+
+    def test_logs_of_the_epoch(self, handler, recorder):
+        """epoch_end carries the weighted means, the val_ ones, and what was set outside of a batch."""
+        for _ in handler.epochs(1):
+            for batch in handler.batches([torch.zeros(3, 1), torch.zeros(1, 1)]):
+                handler.log(loss=torch.tensor(float(len(batch))))
+            for _ in handler.val_batches([torch.zeros(2, 1)]):
+                handler.log(loss=0.5)
+            handler.log(lr=0.1)
+
+        (payload,) = recorder.of("epoch_end")
+        assert dict(payload["logs"]) == {"loss": 2.5, "val_loss": 0.5, "lr": 0.1}
+        assert dict(recorder.of("val_end")[0]["logs"]) == {"val_loss": 0.5}
+        assert [dict(p["logs"]) for p in recorder.of("train_batch_end")] == [{"loss": 3.0}, {"loss": 1.0}]
+
+    def test_weight_is_the_first_dimension(self, handler, recorder):
+        """The batch's first tensor tells the weight, however it is nested; weight= overrides it."""
+        for _ in handler.epochs(1):
+            for value, _ in enumerate(
+                handler.batches([{"ids": ["a"], "x": (torch.zeros(3),)}, [torch.zeros(1)]])
+            ):
+                handler.log(a=value)
+                handler.log(b=value, weight=1)
+
+        assert dict(recorder.of("epoch_end")[0]["logs"]) == {"a": 0.25, "b": 0.5}
+
+    def test_metrics_logged_at_epoch_end_reach_later_receivers(self, handler):
+        """What a receiver of epoch_end logs is seen by the receivers after it."""
+        seen = []
+        handler.on("epoch_end", lambda handler: handler.log(lr=0.1), priority=-1)
+        handler.on("epoch_end", lambda logs: seen.append(dict(logs)))
+        for _ in handler.epochs(1):
+            pass
+
+        assert seen == [{"lr": 0.1}]
+
+    @pytest.mark.parametrize("n", [-1, 2.0, True, None])
+    def test_refuses_nonsense(self, handler, n):
+        """The total is an int, and the error comes at the call, not at the first epoch."""
+        with pytest.raises(
+            ValueError, match=r"epochs\(n\) needs the run's total as an int of at least 0, got"
+        ):
+            handler.epochs(n)
+
+    def test_receiver_errors_reach_the_loop(self, handler):
+        """An exception of a receiver comes out of the for statement, naming the receiver."""
+
+        def broken(epoch):
+            raise KeyError("metric")
+
+        handler.on("epoch_end", broken)
+        with pytest.raises(KeyError) as info:
+            for _ in handler.epochs(1):
+                pass
+
+        assert "broken" in info.value.__notes__[0]
+
+
+class TestBreak:
+    def test_batch_with_a_step_counts(self, handler, recorder, step):
+        """A batch left by break counts if an optimizer stepped; its end is emitted by the next call."""
+        for _ in handler.epochs(1):
+            for _ in handler.batches([1, 2, 3]):
+                step()
+                break
+            assert recorder.names[-1] == "train_batch_begin"
+            handler.log(x=1.0)
+            assert recorder.names[-1] == "train_batch_end"
+
+        assert handler.global_step == 1
+        assert recorder.names[-2:] == ["epoch_end", "train_end"]
+
+    def test_batch_without_a_step_does_not_count(self, handler, recorder):
+        """A batch left before anything was learnt from it is as if never handed out."""
+        for _ in handler.epochs(1):
+            for _ in handler.batches([1, 2, 3]):
+                break
+
+        assert handler.global_step == 0
+        assert "train_batch_end" not in recorder.names
+        assert recorder.names[-2:] == ["epoch_end", "train_end"]
+
+    def test_batches_kept_in_a_variable_are_closed(self, handler, recorder, step):
+        """epochs() closes the batches() it handed out, also where a variable keeps them alive."""
+        for _ in handler.epochs(1):
+            kept = handler.batches([1, 2])
+            for _ in kept:
+                step()
+                break
+
+        assert recorder.names[-4:] == [*BATCH, "epoch_end", "train_end"]
+
+    def test_closing_emits_nothing(self, handler, recorder):
+        """A generator that is thrown away emits nothing, because its errors would be discarded."""
+        epochs = handler.epochs(2)
+        next(epochs)
+        batches = handler.batches([1])
+        next(batches)
+        before = list(recorder.names)
+        del batches, epochs
+        gc.collect()
+
+        assert recorder.names == before
+
+    def test_out_of_validation(self, handler, recorder):
+        """A validation left by break ends with what it has seen."""
+        for _ in handler.epochs(1):
+            for _ in handler.batches([1]):
+                pass
+            for value in handler.val_batches([1.0, 2.0, 3.0]):
+                handler.log(loss=value)
+                if value == 2.0:
+                    break
+
+        assert recorder.names[-4:] == ["val_batch_end", "val_end", "epoch_end", "train_end"]
+        assert dict(recorder.of("epoch_end")[0]["logs"]) == {"val_loss": 1.5}
+
+    def test_out_of_epochs(self):
+        """break out of epochs() ends the training when the with block is left."""
+        model = torch.nn.Linear(1, 1)
+        with Handler(model) as handler:
+            recorder = EventRecorder(handler.bus)
+            for _ in handler.epochs(5):
+                break
+            assert recorder.names[-1] == "epoch_begin"
+
+        assert recorder.names[-1] == "train_end"
+
+
+class TestStop:
+    def test_in_the_middle(self, handler, recorder):
+        """stop() mid-epoch: the batches end, train_end follows without epoch_end."""
+        for _ in handler.epochs(3):
+            for batch in handler.batches([1, 2, 3]):
+                if batch == 2:
+                    handler.stop("enough")
+            for _ in handler.val_batches([1]):
+                pytest.fail("no validation after a stop in the middle")
+
+        assert recorder.names[-2:] == ["train_batch_end", "train_end"]
+        assert recorder.of("train_end")[0]["reason"] == "enough"
+        assert (handler.epoch, handler.global_step, handler.stopped) == (0, 2, True)
+
+    def test_in_the_last_batch(self, handler, recorder):
+        """stop() in the last batch leaves the epoch whole."""
+        for _ in handler.epochs(3):
+            for batch in handler.batches([1, 2]):
+                if batch == 2:
+                    handler.stop()
+
+        assert recorder.names[-2:] == ["epoch_end", "train_end"]
+        assert handler.epoch == 1
+
+    def test_at_epoch_end(self, handler, recorder):
+        """stop() at epoch_end ends the training after that epoch."""
+        handler.on("epoch_end", lambda handler: handler.stop("early"))
+
+        assert list(handler.epochs(3)) == [0]
+        assert recorder.names[-2:] == ["epoch_end", "train_end"]
+
+    def test_in_validation(self, handler, recorder):
+        """stop() in a validation ends it; it is not the epoch's end, because its metrics are not whole."""
+        for _ in handler.epochs(3):
+            for _ in handler.batches([1]):
+                pass
+            for value in handler.val_batches([1, 2, 3]):
+                handler.log(loss=value)
+                handler.stop()
+
+        assert recorder.names.count("val_batch_begin") == 1
+        assert recorder.names[-1] == "train_end"
+        assert "epoch_end" not in recorder.names
+
+
+class TestBatches:
+    def test_outside_of_an_epoch(self, handler):
+        """batches() without epochs() says where it belongs."""
+        with pytest.raises(TrainbusError, match=r"outside of an epoch.*for epoch in handler.epochs\(n\)"):
+            next(handler.batches([1]))
+
+    def test_two_loaders_in_one_epoch(self, handler, recorder):
+        """Two loops in one epoch count on."""
+        for _ in handler.epochs(1):
+            list(handler.batches("ab"))
+            list(handler.batches("c"))
+
+        assert [p["batch"] for p in recorder.of("train_batch_end")] == [0, 1, 2]
+
+    def test_loading_meanwhile_ends_the_loop(self, handler, tmp_path):
+        """A loop over counters that a load has moved says so instead of counting wrongly."""
+        handler.save(tmp_path / "a.pt")
+        with pytest.raises(
+            TrainbusError, match=r"Cannot continue this epochs\(\) loop: a checkpoint was loaded"
+        ):
+            for _ in handler.epochs(2):
+                handler.load(tmp_path / "a.pt")
+
+    def test_loading_weights_meanwhile_is_fine(self, handler, tmp_path):
+        """Rolling back the weights alone does not disturb the loop."""
+        handler.save(tmp_path / "a.pt")
+        for _ in handler.epochs(2):
+            handler.load(tmp_path / "a.pt", only=("module",))
+
+        assert handler.epoch == 2
+
+
+class TestSteps:
+    def test_goes_round(self, handler, recorder):
+        """Training counted in steps goes round the loader; each whole round is an epoch."""
+        assert list(handler.steps(5, "ab")) == ["a", "b", "a", "b", "a"]
+        assert [p["epoch"] for p in recorder.of("epoch_end")] == [0, 1, 2]
+        assert [p["batch"] for p in recorder.of("train_batch_end")] == [0, 1, 0, 1, 0]
+        assert recorder.names[-2:] == ["epoch_end", "train_end"]
+
+    def test_n_is_the_total(self, handler):
+        """A finished run yields nothing."""
+        list(handler.steps(3, "ab"))
+        assert list(handler.steps(3, "ab")) == []
+
+    def test_validation_within_a_step(self, handler, recorder):
+        """A validation in the body of a step is in that batch's logs, and in the epoch's."""
+        for _ in handler.steps(2, [1.0, 2.0]):
+            handler.log(loss=1.0)
+            if handler.global_step == 1:
+                for value in handler.val_batches([4.0, 6.0]):
+                    handler.log(loss=value)
+
+        first, second = (dict(p["logs"]) for p in recorder.of("train_batch_end"))
+        assert first == {"loss": 1.0}
+        assert second == {"loss": 1.0, "val_loss": 5.0}
+        assert dict(recorder.of("epoch_end")[0]["logs"]) == {"loss": 1.0, "val_loss": 5.0}
+
+    def test_empty_loader(self, handler):
+        """A loader that gives nothing is an error, not an endless loop."""
+        with pytest.raises(TrainbusError, match="gave no batch in a whole pass"):
+            list(handler.steps(3, []))
+
+    def test_break(self, recorder, handler, step):
+        """break out of steps() counts the batch if an optimizer stepped."""
+        for _ in handler.steps(5, "ab"):
+            step()
+            break
+        handler.flush()
+
+        assert handler.global_step == 1
+
+
+class TestEmit:
+    """Loops written by hand move the counters with their events."""
+
+    def test_epochs(self, handler):
+        """epoch_end of epoch e completes it."""
+        handler.emit("train_begin")
+        handler.emit("epoch_begin", epoch=4)
+        assert handler.epoch == 4
+        handler.emit("epoch_end", epoch=4, logs={"val_loss": 0.5})
+        assert handler.epoch == 5
+
+    def test_batches(self, handler, recorder):
+        """train_batch_end counts a batch, at the index it names."""
+        handler.emit("train_batch_end", logs={"loss": 1.0})
+        handler.emit("train_batch_end", batch=7)
+
+        assert [(p["batch"], p["global_step"]) for p in recorder.of("train_batch_end")] == [(0, 1), (7, 2)]
+        assert dict(recorder.of("train_batch_end")[0]["logs"]) == {"loss": 1.0}
+
+    def test_own_events_pass_through(self, handler):
+        """Other events go to the bus as they are."""
+        seen = []
+        handler.bus.declare("gradient_norm", ["norm"])
+        handler.on("gradient_norm", lambda norm: seen.append(norm))
+        handler.emit("gradient_norm", norm=2.0)
+
+        assert seen == [2.0]

@@ -1,0 +1,495 @@
+"""Handler: owns a run's module, optimizer and bus; saves and loads it; delegates everything else."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, TypeVar
+
+from trainbus import ranks
+from trainbus.bus import EventBus
+from trainbus.callback import Callback
+from trainbus.checkpoint.file_format import Manifest, fit_manifest
+from trainbus.checkpoint.pending_save import PendingSave
+from trainbus.checkpoint.saver import Saver
+from trainbus.checkpoint.stats import CheckpointStats
+from trainbus.errors import CheckpointCorruptError, UnsavableStateError
+from trainbus.loading import read_state, resumable_files
+from trainbus.loop.fit import fit
+from trainbus.loop.generators import Loop
+from trainbus.save_reports import SaveReports
+from trainbus.save_requests import SaveRequest, SaveRequests
+from trainbus.state.collect import Parts, collect, collect_weights, restore
+from trainbus.state.plain_types import find_problems
+from trainbus.unwrap import unwrap
+
+__all__ = ["Handler"]
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Callback)
+
+logger = logging.getLogger("trainbus")
+
+
+class Handler:
+    """
+    One training run: what it trains, the bus it speaks on, and its checkpoints.
+
+    Everything here is called on the training thread, the one that owns the bus. Use it as a
+    context manager: its exit finishes pending saves and announces an exception.
+
+    Args:
+        module: A ``torch.nn.Module``, or a dict of them by name. DDP and ``torch.compile``
+            wrappers are seen through.
+
+        optimizer, scheduler:
+            One, or a dict by name. A learning-rate scheduler is stepped by you, or by `fit`.
+
+        scaler: A ``torch.amp.GradScaler``.
+
+        extra: More to save, by name: anything with ``state_dict`` and ``load_state_dict``.
+
+        config: JSON values that go into each file's manifest, e.g. hyper-parameters.
+
+        bus: The bus to speak on; a new one by default.
+
+        max_pending: Saves that may be unfinished at once, each with a copy of the state in
+            host memory.
+
+        on_busy: What a save does when that many are unfinished: ``"wait"`` for one to end,
+            ``"skip"`` itself, or ``"replace"`` the one that has not begun (``max_pending=2``).
+
+        on_write_error: ``"raise"`` a failed save at the next event, or ``"warn"`` only.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        optimizer: Any = None,
+        *,
+        scheduler: Any = None,
+        scaler: Any = None,
+        extra: Mapping[str, Any] | None = None,
+        config: Any = None,
+        bus: EventBus | None = None,
+        max_pending: int = 1,
+        on_busy: str = "wait",
+        on_write_error: str = "raise",
+    ) -> None:
+        fit_manifest(Manifest(contents="state", config=config))  # refuses what would not fit into one
+        if on_write_error not in ("raise", "warn"):
+            raise ValueError(f"on_write_error must be 'raise' or 'warn', got {on_write_error!r}.")
+        self.model = module
+        self.module = unwrap(module)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scaler = scaler
+        self.extra = dict(extra or {})
+        self.config = config
+        self.callbacks: dict[str, Callback] = {}
+        self.closed = False
+        self.resumed = False
+        self.stopped = False
+        self.stop_reason: str | None = None
+        self.run_id = uuid.uuid4().hex
+        self.lineage: tuple[str, ...] = ()
+        self._loop = Loop(self, optimizer)
+        self.bus = self._take_bus(bus if bus is not None else EventBus())
+        self._saver = Saver(self.bus.post, max_pending=max_pending, on_busy=on_busy)
+        self._saves = SaveRequests(self, self._loop.progress, self._saver)
+        self._reports = SaveReports(self.bus, raises=on_write_error == "raise")
+        self._undo = [
+            self.bus.on("train_begin", self.check, priority=-math.inf).cancel,
+            self.bus.on("train_end", self._log_stats, priority=math.inf).cancel,
+            *self._reports.undo,
+            *self._loop.optimizer_steps.undo,
+        ]
+
+    # -- where the run stands
+
+    @property
+    def rank(self) -> int:
+        """This process's rank; 0 when training is not distributed."""
+        return ranks.rank()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch under way, or the next one; 0-based."""
+        return self._loop.progress.epoch
+
+    @property
+    def batch(self) -> int:
+        """Index of the training batch at hand or the last one, in its epoch; 0-based, also after a resume."""
+        return self._loop.progress.batch
+
+    @property
+    def global_step(self) -> int:
+        """Training batches completed over the whole run, those before a resume included."""
+        return self._loop.progress.global_step
+
+    @property
+    def total_epochs(self) -> int | None:
+        """What `epochs` was asked for; None before, and under `steps`."""
+        return self._loop.progress.total_epochs
+
+    @property
+    def total_batches(self) -> int | None:
+        """Length of the training loader opened last; None before, and for one without a length."""
+        return self._loop.total_batches
+
+    @property
+    def accumulating(self) -> bool:
+        """True in a batch whose gradients no optimizer has used yet: `save_async` would wait for the step."""
+        return self._loop.accumulating
+
+    @property
+    def saves_in_flight(self) -> int:
+        """Saves asked for and not yet durable, skipped or failed."""
+        return len(self._saver.writer.unfinished) + self._saves.postponed
+
+    # -- events
+
+    def add_callback(self, callback: C) -> C:
+        """Attach *callback* to the bus, save and load its state with the run's, and return it."""
+        callback.attach(self.bus)
+        key, count = callback.state_key, 1
+        while key in self.callbacks:
+            count += 1
+            key = f"{callback.state_key}#{count}"
+        self.callbacks[key] = callback
+        return callback
+
+    def on(self, name: str, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """Subscribe to an event of this run; see `EventBus.on`."""
+        return self.bus.on(name, fn, **options)
+
+    def emit(self, name: str, /, **payload: Any) -> None:
+        """
+        Emit an event with this run as its sender; for loops that do not use the generators.
+
+        The counters follow: ``emit("epoch_end", epoch=e)`` completes epoch *e*, and
+        ``emit("train_batch_end")`` counts a batch, so that checkpoints stand at the right place.
+        """
+        point = self._loop.points.get(name)
+        if point is not None:
+            point(**payload)
+        else:
+            self.bus.emit(name, self, **payload)
+
+    def log(self, *, weight: float | None = None, **scalars: Any) -> None:
+        """
+        Record metrics: numbers, or tensors with one element on any device. Never waits for a device.
+
+        In the body of a batch they belong to that batch and are averaged over its epoch; in
+        `val_batches` they are named ``val_<name>``. Elsewhere they belong to the epoch, as given.
+
+        Args:
+            weight: Of this batch in the average; by default the first dimension of the batch's
+                first tensor.
+            **scalars: The metrics by name.
+        """
+        self._loop.log(scalars, weight)
+
+    def stop(self, reason: str = "stop() was called") -> None:
+        """End the loops before their next batch, or while gradients accumulate after the next step."""
+        self.stopped = True
+        self.stop_reason = reason
+
+    # -- loops
+
+    def epochs(self, n: int) -> Iterator[int]:
+        """
+        Hand out the epochs 0 … n-1, those already done excepted, and emit around them.
+
+        Args:
+            n: The run's total, so that a finished run yields nothing.
+        """
+        return self._loop.epochs(n)
+
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """
+        Hand out *loader*'s batches and emit around them; after a resume, those still to come.
+
+        A batch left by ``break`` counts if an optimizer stepped since it was handed out; its
+        ``train_batch_end`` is emitted by the next call into this handler.
+        """
+        return self._loop.batches(loader)
+
+    def val_batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """Hand out *loader*'s batches, emit ``val_*`` around them; modes and gradients are yours to set."""
+        return self._loop.val_batches(loader)
+
+    def steps(self, n: int, loader: Iterable[T]) -> Iterator[T]:
+        """
+        Hand out batches, round and round *loader*; each round is an epoch.
+
+        Args:
+            n: The run's total of training batches, so that a finished run yields nothing.
+            loader: Anything that can be iterated over again and again.
+        """
+        return self._loop.steps(n, loader)
+
+    fit = fit
+
+    # -- saving
+
+    def save(self, path: str | os.PathLike[str], *, weights_only: bool = False) -> Manifest | None:
+        """
+        Save the run to *path* and return when it is durable. Taken at once, also while accumulating.
+
+        Returns:
+            The file's manifest; None on ranks other than 0, which write nothing.
+
+        Raises:
+            CheckpointWriteError: If the state could not be saved or the disk refused.
+            CheckpointSkipped: If the writer was busy and ``on_busy`` is not ``"wait"``.
+        """
+        if self.accumulating:
+            logger.warning(
+                "%s is saved between two optimizer steps: the gradients accumulated so far are not in it. "
+                "Use save_async(), which waits for the next step.",
+                os.fspath(path),
+            )
+        return self._saves.ask(path, weights_only, SaveRequest(), postpone=False).result()
+
+    def save_async(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        weights_only: bool = False,
+        stream: str = "",
+        logs: Mapping[str, Any] | None = None,
+        monitor: str | None = None,
+        mode: str | None = None,
+        score: float | None = None,
+        removals: Sequence[str] = (),
+    ) -> PendingSave:
+        """
+        Copy the state now, have it written in the background.
+
+        Blocks while the state is copied, and before that while ``max_pending`` saves are
+        unfinished. Afterwards the state may change in any way. In a batch in which no optimizer
+        stepped (gradient accumulation) the copy is made at the next one in which one does, at
+        the latest at the end of the epoch.
+
+        Args:
+            path: Missing folders are made, ``~`` is expanded.
+            weights_only: Save only the module's ``state_dict()``.
+            stream: Who asks; callbacks give their ``state_key``.
+            logs: Metrics for the manifest; numbers are kept.
+            monitor: The metric by which *stream* judges its files.
+            mode: ``"min"`` or ``"max"``.
+            score: The monitored metric's value.
+            removals: Files to remove once this one is durable.
+
+        Returns:
+            A handle on the save; finished, with ``path=None``, on ranks other than 0.
+        """
+        request = SaveRequest(stream, logs or {}, monitor, mode, score, removals)
+        return self._saves.ask(path, weights_only, request, postpone=True)
+
+    def check(self) -> None:
+        """
+        Raise now if something of this run's state could be saved and not loaded again.
+
+        Called by itself at ``train_begin``.
+
+        Raises:
+            UnsavableStateError: Naming each place in the state, with the remedy.
+        """
+        problems = find_problems(self.collect(weights_only=False))
+        if problems:
+            raise UnsavableStateError(problems)
+
+    def flush(self) -> None:
+        """Wait until all saves asked for are durable, and deliver their events. Raises a failed one."""
+        self._loop.settle()
+        self.finish_writing()
+        self.bus.drain()
+
+    def checkpoint_stats(self) -> CheckpointStats:
+        """Return what this run's saves have cost so far; events not yet delivered are not in it."""
+        return replace(self._reports.stats, seconds_lost=self._saver.seconds_lost)
+
+    # -- loading
+
+    def load(
+        self, path: str | os.PathLike[str], *, only: Collection[str] | None = None, strict: bool = True
+    ) -> Manifest | None:
+        """
+        Load a checkpoint into this run's objects; first finishes a pending save of that file.
+
+        Args:
+            path: A file of this class, or a module's state dict saved by anything.
+
+            only:
+                Top-level parts to load, out of ``module, optimizer, scheduler, scaler, extra,
+                callbacks, progress, rng, data``. ``("module",)`` is the warm start.
+
+            strict: Refuse what does not fit, in the module's names too.
+
+        Returns:
+            The file's manifest, None if it has none.
+
+        Raises:
+            CheckpointCorruptError: If the file is damaged; nothing has been changed.
+            StateMismatchError: If file and run have different parts.
+        """
+        self._saves.finish(path)
+        loaded = read_state(path, only)
+        restore(self._parts(), loaded.state, loaded.wanted, strict)
+        self._loop.restore(loaded.state, loaded.wanted)
+        if "progress" in loaded.wanted:
+            self.resumed = True
+            if loaded.manifest is not None:
+                self.lineage = (*loaded.manifest.parents, loaded.manifest.run_id)
+        return loaded.manifest
+
+    def resume(self, folder: str | os.PathLike[str]) -> Manifest | None:
+        """
+        Load the newest valid checkpoint in *folder*; damaged ones are named and passed over.
+
+        Returns:
+            Its manifest, or None if there is nothing to resume from: a first run goes on
+            from the start with the same script.
+        """
+        self.finish_writing()
+        for file in resumable_files(folder):
+            try:
+                manifest = self.load(file.path)
+            except CheckpointCorruptError as error:
+                logger.warning("Passed over while resuming: %s", error)
+                continue
+            place = f"epoch {self.epoch + 1}, global step {self.global_step}"
+            logger.info("resumed from %s: %s", file.path, place)
+            return manifest
+        return None
+
+    # -- leaving
+
+    def close(self, timeout: float | None = None) -> None:
+        """
+        Finish pending saves, deliver their events, leave the bus. Afterwards nothing can be saved.
+
+        Args:
+            timeout: Seconds to wait for the writer; None waits as long as it takes.
+
+        Raises:
+            CheckpointWriteError: If a save failed and nobody has seen it.
+            TimeoutError: If the writer was not done, naming the saves.
+        """
+        if self.closed:
+            return
+        self.closed = True
+        self._saves.skip_postponed("the handler was closed before the next optimizer step")
+        try:
+            self._saver.writer.close(timeout)
+            self._raise_held_back()
+        finally:
+            self._leave_bus()
+
+    def __enter__(self) -> Handler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._leave_by(error)
+            return
+        try:
+            self._loop.settle()
+            if self._loop.training:
+                self._loop.end_training()
+        except BaseException as late:
+            self._try_all(late, self.close)
+            raise
+        self.close()
+
+    def __repr__(self) -> str:
+        place = f"epoch {self.epoch}, global step {self.global_step}"
+        return f"<Handler of {type(self.module).__name__} at {place}{', closed' if self.closed else ''}>"
+
+    # -- for the loop and the saves
+
+    def settle(self) -> None:
+        """Finish a batch or validation that the loop body left by ``break``."""
+        self._loop.settle()
+
+    def finish_writing(self) -> None:
+        """Wait until the writer has nothing left to do; failures are delivered with the next event."""
+        self._saver.writer.flush()
+
+    def take_postponed_saves(self) -> None:
+        """Take the saves that waited for an optimizer step."""
+        self._saves.take_postponed()
+
+    def collect(self, weights_only: bool) -> Any:
+        """Return the state to save, with live tensors in it."""
+        if weights_only:
+            return collect_weights(self._parts())
+        return collect(self._parts(), **self._loop.collect())
+
+    # -- inside
+
+    def _parts(self) -> Parts:
+        return Parts(
+            self.module, self.optimizer, self.scheduler, self.scaler, self.extra, dict(self.callbacks)
+        )
+
+    def _take_bus(self, bus: EventBus) -> EventBus:
+        other = bus.handler
+        if isinstance(other, Handler) and not other.closed:
+            logger.warning("The bus is now used by a new handler; the earlier one is closed.")
+            other.close()
+        bus.handler = self
+        return bus
+
+    def _log_stats(self) -> None:
+        stats = self.checkpoint_stats()
+        if stats.saves + stats.skipped + stats.failed:
+            logger.info("%s", stats.summary())
+
+    def _leave_by(self, error: BaseException) -> None:
+        self._saves.skip_postponed("the loop was left by an exception before the next optimizer step")
+        steps: list[Callable[[], Any]] = [self.finish_writing, self.close]
+        if isinstance(error, (Exception, KeyboardInterrupt)):
+            steps.insert(0, lambda: self.bus.emit("exception", self, error=error))
+        if self._loop.training:
+            steps.insert(-1, self._loop.end_training)
+        self._try_all(error, *steps)
+
+    def _try_all(self, error: BaseException, *steps: Callable[[], Any]) -> None:
+        # The exception that is under way must not be masked; what else fails becomes a note on it.
+        for step in steps:
+            try:
+                step()
+            except Exception as late:
+                _add_note(error, late)
+        for held_back in self.bus.take_held_back():
+            _add_note(error, held_back)
+
+    def _raise_held_back(self) -> None:
+        try:
+            self.bus.drain()
+        except Exception as first:
+            for other in self.bus.take_held_back():
+                _add_note(first, other)
+            raise
+
+    def _leave_bus(self) -> None:
+        for callback in self.callbacks.values():
+            callback.detach()
+        for undo in self._undo:
+            undo()
+        if self.bus.handler is self:
+            self.bus.handler = None
+
+
+def _add_note(error: BaseException, other: Exception) -> None:
+    error.add_note(f"Moreover, while leaving the handler: {type(other).__name__}: {other}")

@@ -1,0 +1,72 @@
+"""How a checkpoint gets into a run: a file into its objects and counters, the newest of a folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
+from trainbus.checkpoint.load import load_file
+from trainbus.state.collect import KEYS
+from trainbus.state.plain_types import from_plain
+
+__all__ = ["LoadedState", "read_state", "resumable_files"]
+
+logger = logging.getLogger("trainbus")
+
+
+@dataclass
+class LoadedState:
+    """
+    What a file offers to a run.
+
+    Attributes:
+        state: By top-level key.
+        wanted: The keys to load.
+        manifest: What the file says of itself; None if it has no manifest.
+    """
+
+    state: Mapping[str, Any]
+    wanted: set[str]
+    manifest: Manifest | None
+
+
+def read_state(path: str | os.PathLike[str], only: Collection[str] | None) -> LoadedState:
+    """
+    Read and verify a file. One that holds weights only offers the module alone.
+
+    Raises:
+        ValueError: If *only* names a part there is not.
+        CheckpointCorruptError: If the file is damaged.
+    """
+    wanted = _require_keys(only)
+    value, manifest = load_file(path)
+    state = from_plain(value)
+    if _is_full_state(state, manifest):
+        return LoadedState(state, wanted, manifest)
+    logger.info("%s holds weights only; the rest of the run stays as it is.", os.fspath(path))
+    return LoadedState({"module": state}, wanted & {"module"}, manifest)
+
+
+def resumable_files(folder: str | os.PathLike[str]) -> list[CheckpointFile]:
+    """Return the files of *folder* that a run can go on from, the newest first. Reads their ends only."""
+    files = [file for file in CheckpointFolder(folder) if file.manifest.contents == "state"]
+    return [file for file in reversed(files) if not file.manifest.interrupted]
+
+
+def _is_full_state(state: Any, manifest: Manifest | None) -> bool:
+    if manifest is not None:
+        return manifest.contents == "state"
+    return isinstance(state, Mapping) and set(KEYS) <= set(state)
+
+
+def _require_keys(only: Collection[str] | None) -> set[str]:
+    if only is None:
+        return set(KEYS)
+    if isinstance(only, str) or not set(only) <= set(KEYS):
+        raise ValueError(f"only must be a tuple of names out of {', '.join(KEYS)}, got {only!r}.")
+    return set(only)

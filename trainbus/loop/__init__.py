@@ -1,0 +1,1 @@
+"""The training loop: generators for the user's own, `fit`, and the metrics logged in it."""

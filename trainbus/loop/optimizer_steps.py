@@ -1,0 +1,34 @@
+"""Sees the steps of a run's optimizers, by their public hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from trainbus.loop.progress import Progress
+
+__all__ = ["OptimizerSteps"]
+
+
+class OptimizerSteps:
+    """
+    Tells *progress* of each step; other optimizers than torch's go unseen.
+
+    Args:
+        optimizers: One, a dict of them by name, or None.
+    """
+
+    def __init__(self, optimizers: Any, progress: Progress) -> None:
+        each = optimizers.values() if isinstance(optimizers, Mapping) else [optimizers]
+        self._optimizers = [one for one in each if isinstance(one, torch.optim.Optimizer)]
+        hooks = [
+            one.register_step_post_hook(lambda *_: progress.note_optimizer_step()) for one in self._optimizers
+        ]
+        self.undo: list[Callable[[], Any]] = [hook.remove for hook in hooks]
+
+    def has_gradients(self) -> bool:
+        """Return whether backward has left gradients that a step would use."""
+        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        return any(parameter.grad is not None for group in groups for parameter in group["params"])

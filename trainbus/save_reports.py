@@ -1,0 +1,59 @@
+"""What became of a run's saves: counted, logged, and a failed one raised."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from trainbus.bus import EventBus
+from trainbus.checkpoint.stats import CheckpointStats
+from trainbus.errors import CheckpointError
+
+__all__ = ["SaveReports"]
+
+logger = logging.getLogger("trainbus")
+
+
+class SaveReports:
+    """
+    The run's own receivers of ``checkpoint_*``, on the training thread.
+
+    The one that raises a failed save is the last in order, so that everybody has heard of it.
+
+    Attributes:
+        stats: Sums over the saves whose events were delivered.
+    """
+
+    def __init__(self, bus: EventBus, raises: bool) -> None:
+        self.stats = CheckpointStats()
+        self._raises = raises
+        first, last = -math.inf, math.inf
+        subscriptions = [
+            bus.on("checkpoint_saved", self._on_saved, priority=first),
+            bus.on("checkpoint_skipped", self._on_skipped, priority=first),
+            bus.on("checkpoint_failed", self._on_failed, priority=last),
+        ]
+        self.undo: list[Callable[[], Any]] = [subscription.cancel for subscription in subscriptions]
+
+    def _on_saved(self, path: str, size: int, seconds: float) -> None:
+        self.stats.saves += 1
+        self.stats.bytes += size
+        self.stats.seconds_to_durable += seconds
+        name, megabytes = os.path.basename(path), size / 1e6
+        logger.info("saved %s (%.1f MB, %.1f s in the background)", name, megabytes, seconds)
+
+    def _on_skipped(self, path: str, reason: str) -> None:
+        self.stats.skipped += 1
+        logger.warning("%s was not saved: %s.", path, reason)
+
+    def _on_failed(self, error: CheckpointError) -> None:
+        self.stats.failed += 1
+        if error.seen:
+            return
+        error.seen = True
+        if self._raises:
+            raise error
+        logger.error("%s", error)

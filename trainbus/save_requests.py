@@ -1,0 +1,166 @@
+"""The saves that a run asks for: named, numbered, put off while gradients accumulate, handed on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.folder import CheckpointFolder
+from trainbus.checkpoint.pending_save import PendingSave
+from trainbus.checkpoint.saver import Saver
+from trainbus.claims import claim
+from trainbus.errors import CheckpointSkipped, HandlerClosedError
+from trainbus.loop.progress import Progress
+from trainbus.save_load import versions
+
+if TYPE_CHECKING:
+    from trainbus.handler import Handler
+
+__all__ = ["SaveRequest", "SaveRequests"]
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """
+    What who asks says of a save.
+
+    Attributes:
+        stream: Who it is.
+        logs: The metrics at this moment.
+        monitor, mode, score: By what the asker judges its files, and this one's value.
+        removals: Files to remove once this one is durable.
+    """
+
+    stream: str = ""
+    logs: Mapping[str, Any] = field(default_factory=dict)
+    monitor: str | None = None
+    mode: str | None = None
+    score: float | None = None
+    removals: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class _Accepted:
+    pending: PendingSave
+    weights_only: bool
+    request: SaveRequest
+
+
+class SaveRequests:
+    """What `Handler.save` and `save_async` do. Training thread."""
+
+    def __init__(self, handler: Handler, progress: Progress, saver: Saver) -> None:
+        self._handler = handler
+        self._progress = progress
+        self._saver = saver
+        self._postponed: list[_Accepted] = []
+        self._sequence = 0
+        self._counted_folders: set[str] = set()
+
+    @property
+    def postponed(self) -> int:
+        """How many saves wait for an optimizer step."""
+        return len(self._postponed)
+
+    def ask(
+        self,
+        path: str | os.PathLike[str],
+        weights_only: bool,
+        request: SaveRequest,
+        *,
+        postpone: bool,
+    ) -> PendingSave:
+        """Take a save now, or with *postpone* at the next optimizer step if gradients accumulate."""
+        handler = self._handler
+        handler.settle()
+        target = os.path.expanduser(os.fspath(path))
+        if handler.closed:
+            raise HandlerClosedError(
+                f"Cannot save {target!r}: this handler is closed. Save inside of `with handler:`."
+            )
+        if handler.rank != 0:
+            return PendingSave.nothing()
+        claim(os.path.abspath(target), handler)
+        numbers = {n: float(v) for n, v in request.logs.items() if isinstance(v, (int, float))}
+        pending = PendingSave(
+            target,
+            epoch=self._progress.epoch,
+            global_step=self._progress.global_step,
+            stream=request.stream,
+            logs=numbers,
+        )
+        accepted = _Accepted(pending, weights_only, request)
+        if postpone and handler.accumulating:
+            self._postponed.append(accepted)
+        else:
+            self._take(accepted)
+        return pending
+
+    def take_postponed(self) -> None:
+        """Take the saves that waited for an optimizer step."""
+        postponed, self._postponed = self._postponed, []
+        for accepted in postponed:
+            self._take(accepted)
+
+    def skip_postponed(self, reason: str) -> None:
+        """Give up the saves that waited for an optimizer step that will not come."""
+        postponed, self._postponed = self._postponed, []
+        for accepted in postponed:
+            pending = accepted.pending
+            self._handler.bus.post(
+                "checkpoint_skipped",
+                save=pending,
+                path=pending.path,
+                reason=reason,
+                stream=pending.stream,
+                epoch=pending.epoch,
+                global_step=pending.global_step,
+                logs=pending.logs,
+            )
+            pending.fail(CheckpointSkipped(pending.path or "", reason))
+
+    def finish(self, path: str | os.PathLike[str]) -> None:
+        """Wait for pending saves if one of them is of *path*."""
+        target = os.path.abspath(os.path.expanduser(os.fspath(path)))
+        pending = [one.path for one in self._saver.writer.unfinished]
+        if target in (os.path.abspath(one) for one in pending if one is not None):
+            self._saver.writer.flush()
+
+    def _take(self, accepted: _Accepted) -> None:
+        handler, pending, request = self._handler, accepted.pending, accepted.request
+        # An open batch in which the optimizer stepped counts already, so this may be one ahead.
+        pending.global_step = self._progress.state_dict()["global_step"]
+        manifest = Manifest(
+            contents="weights" if accepted.weights_only else "state",
+            run_id=handler.run_id,
+            parents=handler.lineage,
+            stream=pending.stream,
+            sequence=self._next_sequence(pending.path or ""),
+            epoch=pending.epoch,
+            global_step=pending.global_step,
+            logs=dict(pending.logs),
+            monitor=request.monitor,
+            mode=request.mode,
+            score=request.score,
+            created=time.time(),
+            config=handler.config,
+            versions=versions(),
+        )
+        self._saver.save(
+            pending,
+            lambda: handler.collect(accepted.weights_only),
+            manifest,
+            removals=request.removals,
+        )
+
+    def _next_sequence(self, path: str) -> int:
+        folder = os.path.dirname(os.path.abspath(path))
+        if folder not in self._counted_folders:
+            self._counted_folders.add(folder)
+            self._sequence = max(self._sequence, CheckpointFolder(folder).greatest_sequence())
+        self._sequence += 1
+        return self._sequence
