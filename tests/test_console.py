@@ -15,6 +15,7 @@ logger = logging.getLogger("trainbus")
 def _unconfigured_logging(monkeypatch):
     """Cut the logger off from the root, where pytest has handlers that would count as configured logging."""
     monkeypatch.setattr(logger, "parent", None)
+    monkeypatch.setattr(logger, "handlers", [])
 
 
 class TestConsoleLines:

@@ -21,7 +21,8 @@ class ProgressBar(Callback):
     """
     Show how far each epoch is, on rank 0.
 
-    The first epoch tells how many batches there are; until it is over, the bar counts only.
+    How many batches there are is asked of ``handler.total_batches``; where that is None, the first
+    epoch tells.
     Metrics are read at most once in *seconds_between_reads*, since reading one may wait for the GPU.
     While it runs, what trainbus logs is printed above the bar, unless logging is configured.
 
@@ -48,7 +49,7 @@ class ProgressBar(Callback):
         self._clock = clock
         self._options = {"dynamic_ncols": True, **tqdm_options}
         self._bar: Any = None
-        self._batches: int | None = None  # in an epoch, known after the first
+        self._batches: int | None = None  # in an epoch, as the last one had it
         self._total_epochs: int | None = None
         self._read_at = -float("inf")
         self._console = contextlib.ExitStack()
@@ -65,7 +66,8 @@ class ProgressBar(Callback):
         """Open the epoch's bar, in a continued epoch at the batch where it continues."""
         if self._bar is None and _shows(handler):
             total = "" if self._total_epochs is None else f"/{self._total_epochs}"
-            options = {"desc": f"epoch {epoch + 1}{total}", "total": self._batches, **self._options}
+            batches = getattr(handler, "total_batches", None) or self._batches
+            options = {"desc": f"epoch {epoch + 1}{total}", "total": batches, **self._options}
             self._bar = self._tqdm(initial=batch, **options)
 
     def on_train_batch_end(self, handler: Any, batch: int, logs: Mapping[str, Any]) -> None:

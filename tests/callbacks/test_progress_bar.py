@@ -22,6 +22,8 @@ logger = logging.getLogger("trainbus")
 def _unconfigured_logging(monkeypatch):
     """Cut the logger off from the root, where pytest has handlers that would count as configured logging."""
     monkeypatch.setattr(logger, "parent", None)
+    # A bar whose run did not end takes its handler off when it is collected, which may be later.
+    monkeypatch.setattr(logger, "handlers", [])
 
 
 class Value:

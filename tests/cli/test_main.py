@@ -1,0 +1,32 @@
+"""The command line's entry, without running a command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from trainbus.cli import main
+
+
+class TestMain:
+    @pytest.mark.parametrize("package", ["typer", "rich", "tqdm"])
+    def test_names_the_extra(self, package, tmp_path):
+        """A command whose packages are missing says which extra to install, without a traceback."""
+        code = f"import sys; sys.modules[{package!r}] = None; from trainbus.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code, "demo", str(tmp_path)], capture_output=True, text=True, timeout=60
+        )
+
+        assert done.returncode == 1
+        assert 'pip install "trainbus[cli]"' in done.stderr and "Traceback" not in done.stderr
+
+    def test_lists_its_commands(self, monkeypatch, capsys):
+        """--help names the commands."""
+        monkeypatch.setattr(sys, "argv", ["trainbus", "--help"])
+        with pytest.raises(SystemExit) as info:
+            main()
+
+        assert info.value.code == 0
+        assert "demo" in capsys.readouterr().out

@@ -1,0 +1,195 @@
+"""Who may import whom. A new module must be given a place in this table."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EVENTS = {"trainbus.errors", "trainbus.events"}
+SUBSCRIBING = {*EVENTS, "trainbus.receiver", "trainbus.subscription"}
+FILE = {"trainbus.errors", "trainbus.checkpoint.file_format"}
+STATE = {"trainbus.errors", "trainbus.ranks", "trainbus.state."}
+RUN = {"trainbus.errors", "trainbus.ranks", "trainbus.state.", "trainbus.loop.", "trainbus.console"}
+PUBLIC = {
+    "trainbus",
+    "trainbus.errors",
+    "trainbus.ranks",
+    "trainbus.callback",
+    "trainbus.console",
+    "trainbus.checkpoint.file_format",
+    "trainbus.checkpoint.folder",
+}
+
+# module (or a room, with a dot at its end) -> what of ours it may import, in the same spelling
+ALLOWED: dict[str, set[str]] = {
+    "trainbus": {"trainbus."},  # lazily: see test_costs_no_torch
+    # leaves
+    "trainbus.errors": set(),
+    "trainbus.ranks": set(),
+    "trainbus.unwrap": set(),
+    "trainbus.claims": set(),
+    "trainbus.console": set(),
+    # the event half
+    "trainbus.events": EVENTS,
+    "trainbus.receiver": EVENTS,
+    "trainbus.subscription": {*EVENTS, "trainbus.receiver"},
+    "trainbus.signals": SUBSCRIBING,
+    "trainbus.bus": {*SUBSCRIBING, "trainbus.signals"},
+    "trainbus.callback": {*SUBSCRIBING, "trainbus.bus"},
+    # the checkpoint half: knows no bus, no callback, no handler
+    "trainbus.checkpoint": set(),
+    "trainbus.checkpoint.stats": set(),
+    "trainbus.checkpoint.snapshot_plan": {"trainbus.errors"},
+    "trainbus.checkpoint.staging_memory": {"trainbus.errors"},
+    "trainbus.checkpoint.staging_copy": {
+        "trainbus.errors",
+        "trainbus.checkpoint.snapshot_plan",
+        "trainbus.checkpoint.staging_memory",
+    },
+    "trainbus.checkpoint.disk": {"trainbus.errors"},
+    "trainbus.checkpoint.file_format": {"trainbus.errors"},
+    "trainbus.checkpoint.output_stream": {*FILE, "trainbus.checkpoint.disk"},
+    "trainbus.checkpoint.commit": {*FILE, "trainbus.checkpoint.disk", "trainbus.checkpoint.output_stream"},
+    "trainbus.checkpoint.pending_save": FILE,
+    "trainbus.checkpoint.background_writer": {
+        *FILE,
+        "trainbus.checkpoint.pending_save",
+        "trainbus.checkpoint.commit",
+    },
+    "trainbus.checkpoint.folder": FILE,
+    "trainbus.checkpoint.load": FILE,
+    "trainbus.checkpoint.saver": {"trainbus.errors", "trainbus.checkpoint.", "trainbus.state.plain_types"},
+    "trainbus.state.": STATE,
+    "trainbus.state": set(),
+    # the run
+    "trainbus.loop.": RUN,
+    "trainbus.loop": set(),
+    "trainbus.save_load": {"trainbus", "trainbus.checkpoint.", "trainbus.state."},
+    "trainbus.save_requests": {
+        "trainbus.errors",
+        "trainbus.claims",
+        "trainbus.checkpoint.",
+        "trainbus.loop.progress",
+        "trainbus.save_load",
+    },
+    "trainbus.loading": {
+        "trainbus.checkpoint.file_format",
+        "trainbus.checkpoint.folder",
+        "trainbus.checkpoint.load",
+        "trainbus.state.",
+    },
+    "trainbus.save_reports": {"trainbus.errors", "trainbus.bus", "trainbus.checkpoint.stats"},
+    "trainbus.handler": {
+        *RUN,
+        "trainbus",
+        "trainbus.bus",
+        "trainbus.callback",
+        "trainbus.checkpoint.",
+        "trainbus.loading",
+        "trainbus.save_reports",
+        "trainbus.save_requests",
+        "trainbus.unwrap",
+    },
+    # around it
+    "trainbus.testing.": {
+        "trainbus.testing.",
+        *SUBSCRIBING,
+        "trainbus.bus",
+        "trainbus.checkpoint.",
+        "trainbus.callback",
+    },
+    "trainbus.testing": {"trainbus.testing."},
+    "trainbus.cli.": {"trainbus.", "trainbus_callbacks"},
+    "trainbus.cli": {"trainbus.errors", "trainbus.cli.app"},
+    "trainbus_callbacks.": {*PUBLIC, "trainbus_callbacks."},
+    "trainbus_callbacks": {"trainbus_callbacks."},
+}
+
+SOURCES = sorted(
+    path for package in ("trainbus", "trainbus_callbacks") for path in (ROOT / package).rglob("*.py")
+)
+NO_TORCH = [
+    "trainbus",
+    "trainbus.bus",
+    "trainbus.events",
+    "trainbus.cli",
+    "trainbus.testing.plugin",
+    "trainbus.checkpoint.file_format",
+    "trainbus.checkpoint.folder",
+    "trainbus.checkpoint.background_writer",
+    "trainbus_callbacks",
+]
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name of a source file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules of ours that a source file imports at run time, wherever in the file."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            for alias in node.names:
+                submodule = ROOT / node.module.replace(".", "/") / f"{alias.name}.py"
+                found.add(f"{node.module}.{alias.name}" if submodule.exists() else node.module)
+    return {name for name in found if name.split(".")[0] in ("trainbus", "trainbus_callbacks")}
+
+
+def covers(entry: str, module: str) -> bool:
+    """Tell whether an entry of the table names a module; a dot at the end names a whole room."""
+    return module == entry or (entry.endswith(".") and module.startswith(entry))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+class TestModule:
+    def test_imports_only_what_is_below(self, path):
+        """Each module imports what the table allows, and is in the table."""
+        name = module_name(path)
+        entry = name if name in ALLOWED else next((e for e in ALLOWED if covers(e, name)), None)
+        assert entry is not None, f"{name} has no place in the table of layers"
+
+        forbidden = {i for i in imports(path) if not any(covers(allowed, i) for allowed in ALLOWED[entry])}
+        assert forbidden == set(), f"{name} must not import {forbidden}"
+
+    def test_is_short(self, path):
+        """A file over 500 lines wants to be two."""
+        assert len(path.read_text().splitlines()) <= 500
+
+
+class TestImportCost:
+    def test_costs_no_torch(self):
+        """What people import early, or only to look at files, imports neither torch nor NumPy."""
+        code = (
+            "import importlib, sys\n"
+            f"for name in {NO_TORCH!r}:\n"
+            "    importlib.import_module(name)\n"
+            "    assert 'torch' not in sys.modules and 'numpy' not in sys.modules, name\n"
+            "import trainbus\n"
+            "assert trainbus.EventBus and trainbus.CheckpointFolder and trainbus.CheckpointWriteError\n"
+            "assert 'torch' not in sys.modules\n"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+
+    def test_blinker_has_one_importer(self):
+        """Only signals.py knows blinker."""
+        users = [
+            module_name(path)
+            for path in SOURCES
+            if "import blinker" in path.read_text() or "from blinker" in path.read_text()
+        ]
+        assert users == ["trainbus.signals"]

@@ -1,0 +1,75 @@
+"""The wheel, built and used away from the source tree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.full
+class TestWheel:
+    def test_holds_the_packages_and_nothing_else(self, wheel):
+        """The wheel has both packages with their type markers, and no tests."""
+        names = zipfile.ZipFile(wheel).namelist()
+
+        assert {name.split("/")[0].split("-")[0] for name in names} == {"trainbus", "trainbus_callbacks"}
+        assert {"trainbus/py.typed", "trainbus_callbacks/py.typed", "trainbus/cli/demo.py"} <= set(names)
+
+    def test_passes_the_tests(self, wheel, tmp_path):
+        """The tests pass against the wheel where there is no source tree to fall back on."""
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel],
+            check=True,
+        )
+        for name in ("tests", "setup.cfg", "README.md", "docs"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, tmp_path / name)
+        # PYTHONPATH comes before what an editable installation adds.
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+        where = "import trainbus, trainbus_callbacks; print(trainbus.__file__, trainbus_callbacks.__file__)"
+        for code in (where, None):
+            command = (
+                ["-c", code]
+                if code
+                else [
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "--ignore=tests/test_end_to_end.py",
+                    "--ignore=tests/test_layering.py",
+                ]
+            )
+            done = subprocess.run(
+                [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout[-5000:] + done.stderr
+            if code:
+                assert done.stdout.count(str(tmp_path / "site")) == 2
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy of what is under version control."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in (
+        "trainbus",
+        "trainbus_callbacks",
+        "setup.cfg",
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    ):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    subprocess.run([sys.executable, "-m", "build", "-q", "--wheel", "--outdir", target, source], check=True)
+    (built,) = target.glob("*.whl")
+    return built

@@ -1,0 +1,30 @@
+"""The list of subcommands. Each imports what it needs when it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def trainbus() -> None:
+    """Checkpoints that do not stop the GPU, and an event bus for PyTorch training loops."""
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where its checkpoints go.")] = Path("trainbus-demo"),
+    epochs: Annotated[int, typer.Option(min=1, help="The run's total of epochs.")] = 3,
+    batches: Annotated[int, typer.Option(min=1, help="Training batches in an epoch.")] = 120,
+    save_every: Annotated[int, typer.Option(min=1, help="Training batches between two checkpoints.")] = 40,
+) -> None:
+    """Train a small GPT on the source of Python's library; run it again and it continues."""
+    from trainbus.cli.demo import run
+
+    run(str(folder), epochs, batches, save_every)
