@@ -58,8 +58,7 @@ def server():
     """A kill server for this module."""
     server = KillServer()
     yield server
-    server.process.stdin.close()
-    server.process.wait(10)
+    server.process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import logging
@@ -415,27 +416,55 @@ class TestResume:
 
     def test_events_of_a_run_are_emitted_once(self, tmp_path):
         """The trace of a resumed run is the tail of the whole run's, after its own train_begin."""
-
-        def run(folder, stop_after=None):
-            with make() as handler:
-                handler.add_callback(ModelCheckpoint(folder / "a.pt", save_freq=1))
-                handler.resume(folder)
-                recorder = EventRecorder(handler.bus)
-                for _ in handler.epochs(2):
-                    for _ in handler.batches(range(3)):
-                        if stop_after is not None and handler.global_step == stop_after:
-                            return [name for name in recorder.names if not name.startswith("checkpoint")]
-                    for _ in handler.val_batches(range(2)):
-                        pass
-            return [name for name in recorder.names if not name.startswith("checkpoint")]
-
-        whole = run(tmp_path / "whole")
-        for step in range(1, 6):
+        whole = self.trace(tmp_path / "whole", ["train_batch_end"])
+        for step in range(1, 7):
             folder = tmp_path / str(step)
-            run(folder, stop_after=step)
-            trace = run(folder)
-            assert trace[0] == "train_begin"
-            assert trace[1:] == whole[-len(trace) + 1 :], step
+            self.trace(folder, ["train_batch_end"], leave_at=("train_batch_begin", step + 1))
+            self.assert_tail(self.trace(folder, ["train_batch_end"]), whole)
+
+    @pytest.mark.parametrize(
+        ("event", "number"), [("epoch_begin", 2), ("train_batch_begin", 2), ("val_end", 2), ("epoch_end", 1)]
+    )
+    def test_also_when_saved_elsewhere(self, tmp_path, event, number):
+        """The same for a checkpoint that was taken at another event, left at that event."""
+        whole = self.trace(tmp_path / "whole", [event])
+        self.trace(tmp_path / "part", [event], leave_at=(event, number))
+        self.assert_tail(self.trace(tmp_path / "part", [event]), whole)
+
+    def test_validation_is_done_again_as_a_whole(self, tmp_path):
+        """A checkpoint taken in a validation stands before it."""
+        whole = self.trace(tmp_path / "whole", ["val_batch_end"])
+        self.trace(tmp_path / "part", ["val_batch_end"], leave_at=("val_batch_end", 3))
+        trace = self.trace(tmp_path / "part", ["val_batch_end"])
+
+        assert trace[1] == "val_begin"
+        self.assert_tail(trace, whole)
+
+    def trace(self, folder, save_at, leave_at=None):
+        """Return the names of the events of a run that saves at some and is left at another."""
+        with make() as handler, contextlib.suppress(InterruptedError):
+            for event in save_at:
+                handler.on(event, lambda: handler.save_async(folder / "a.pt"), priority=100)
+            if leave_at is not None:
+                name, number = leave_at
+                handler.on(name, self.interrupt, after=number - 1, priority=200)
+            handler.resume(folder)
+            recorder = EventRecorder(handler.bus)
+            for _ in handler.epochs(2):
+                for _ in handler.batches(range(3)):
+                    pass
+                for _ in handler.val_batches(range(2)):
+                    pass
+        return [name for name in recorder.names if not name.startswith("checkpoint")]
+
+    @staticmethod
+    def interrupt():
+        raise InterruptedError
+
+    @staticmethod
+    def assert_tail(trace, whole):
+        assert trace[0] == "train_begin" and len(trace) > 2
+        assert trace[1:] == whole[-len(trace) + 1 :]
 
 
 class TestAccumulation:

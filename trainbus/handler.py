@@ -22,6 +22,7 @@ from trainbus.errors import CheckpointCorruptError, UnsavableStateError
 from trainbus.loading import read_state, resumable_files
 from trainbus.loop.fit import fit
 from trainbus.loop.generators import Loop
+from trainbus.loop.moments import Moments
 from trainbus.save_reports import SaveReports
 from trainbus.save_requests import SaveRequest, SaveRequests
 from trainbus.state.collect import Parts, collect, collect_weights, restore
@@ -98,16 +99,17 @@ class Handler:
         self.stop_reason: str | None = None
         self.run_id = uuid.uuid4().hex
         self.lineage: tuple[str, ...] = ()
-        self._loop = Loop(self, optimizer)
+        self._moments = Moments(self, optimizer)
+        self._loop = Loop(self, self._moments)
         self.bus = self._take_bus(bus if bus is not None else EventBus())
         self._saver = Saver(self.bus.post, max_pending=max_pending, on_busy=on_busy)
-        self._saves = SaveRequests(self, self._loop.progress, self._saver)
+        self._saves = SaveRequests(self, self._moments.progress, self._saver)
         self._reports = SaveReports(self.bus, raises=on_write_error == "raise")
         self._undo = [
             self.bus.on("train_begin", self.check, priority=-math.inf).cancel,
             self.bus.on("train_end", self._log_stats, priority=math.inf).cancel,
             *self._reports.undo,
-            *self._loop.optimizer_steps.undo,
+            *self._moments.optimizer_steps.undo,
         ]
 
     # -- where the run stands
@@ -120,22 +122,22 @@ class Handler:
     @property
     def epoch(self) -> int:
         """The epoch under way, or the next one; 0-based."""
-        return self._loop.progress.epoch
+        return self._moments.progress.epoch
 
     @property
     def batch(self) -> int:
         """Index of the training batch at hand or the last one, in its epoch; 0-based, also after a resume."""
-        return self._loop.progress.batch
+        return self._moments.progress.batch
 
     @property
     def global_step(self) -> int:
         """Training batches completed over the whole run, those before a resume included."""
-        return self._loop.progress.global_step
+        return self._moments.progress.global_step
 
     @property
     def total_epochs(self) -> int | None:
         """What `epochs` was asked for; None before, and under `steps`."""
-        return self._loop.progress.total_epochs
+        return self._moments.progress.total_epochs
 
     @property
     def total_batches(self) -> int | None:
@@ -145,7 +147,7 @@ class Handler:
     @property
     def accumulating(self) -> bool:
         """True in a batch whose gradients no optimizer has used yet: `save_async` would wait for the step."""
-        return self._loop.accumulating
+        return self._moments.accumulating
 
     @property
     def saves_in_flight(self) -> int:
@@ -175,9 +177,9 @@ class Handler:
         The counters follow: ``emit("epoch_end", epoch=e)`` completes epoch *e*, and
         ``emit("train_batch_end")`` counts a batch, so that checkpoints stand at the right place.
         """
-        point = self._loop.points.get(name)
-        if point is not None:
-            point(**payload)
+        moment = self._moments.by_event.get(name)
+        if moment is not None:
+            moment(**payload)
         else:
             self.bus.emit(name, self, **payload)
 
@@ -193,7 +195,8 @@ class Handler:
                 first tensor.
             **scalars: The metrics by name.
         """
-        self._loop.log(scalars, weight)
+        self._loop.settle()
+        self._moments.log(scalars, weight)
 
     def stop(self, reason: str = "stop() was called") -> None:
         """End the loops before their next batch, or while gradients accumulate after the next step."""
@@ -343,7 +346,9 @@ class Handler:
         self._saves.finish(path)
         loaded = read_state(path, only)
         restore(self._parts(), loaded.state, loaded.wanted, strict)
-        self._loop.restore(loaded.state, loaded.wanted)
+        if "progress" in loaded.wanted:
+            self._loop.reset()
+        self._moments.restore(loaded.state, loaded.wanted)
         if "progress" in loaded.wanted:
             self.resumed = True
             if loaded.manifest is not None:
@@ -404,8 +409,8 @@ class Handler:
             return
         try:
             self._loop.settle()
-            if self._loop.training:
-                self._loop.end_training()
+            if self._moments.training:
+                self._moments.end_training()
         except BaseException as late:
             self._try_all(late, self.close)
             raise
@@ -433,7 +438,7 @@ class Handler:
         """Return the state to save, with live tensors in it."""
         if weights_only:
             return collect_weights(self._parts())
-        return collect(self._parts(), **self._loop.collect())
+        return collect(self._parts(), **self._moments.collect())
 
     # -- inside
 
@@ -460,8 +465,8 @@ class Handler:
         steps: list[Callable[[], Any]] = [self.finish_writing, self.close]
         if isinstance(error, (Exception, KeyboardInterrupt)):
             steps.insert(0, lambda: self.bus.emit("exception", self, error=error))
-        if self._loop.training:
-            steps.insert(-1, self._loop.end_training)
+        if self._moments.training:
+            steps.insert(-1, self._moments.end_training)
         self._try_all(error, *steps)
 
     def _try_all(self, error: BaseException, *steps: Callable[[], Any]) -> None:

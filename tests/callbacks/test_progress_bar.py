@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import sys
@@ -21,8 +22,8 @@ logger = logging.getLogger("trainbus")
 @pytest.fixture(autouse=True)
 def _unconfigured_logging(monkeypatch):
     """Cut the logger off from the root, where pytest has handlers that would count as configured logging."""
+    gc.collect()  # a bar whose run did not end lets go of the logger when it is collected
     monkeypatch.setattr(logger, "parent", None)
-    # A bar whose run did not end takes its handler off when it is collected, which may be later.
     monkeypatch.setattr(logger, "handlers", [])
 
 

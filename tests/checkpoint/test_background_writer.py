@@ -556,6 +556,27 @@ class TestFlushAndClose:
 
         assert pending.result(WAIT) is MANIFEST
 
+    def test_submitted_while_the_thread_ends(self, make, gates):
+        """
+        A save submitted when a closed writer's thread is just about to end gets a new one.
+        """
+        writer = make()
+        pending = PendingSave("a.pt")
+        writer.admit(pending)
+        end = writer._leave_nobody_waiting
+
+        def end_slowly() -> None:
+            gates[0]()
+            end()
+
+        writer._leave_nobody_waiting = end_slowly
+        writer.close(0.01)
+        assert gates[0].begun.wait(WAIT)
+
+        writer.submit(pending, done)
+
+        assert pending.result(WAIT) is MANIFEST
+
     def test_from_the_writers_own_thread(self, make):
         """
         A report that waits for the writer gets an error and no deadlock.

@@ -102,6 +102,19 @@ class TestEpochs:
 
         assert seen == [{"lr": 0.1}]
 
+    def test_metrics_logged_at_the_end_of_a_batch_are_the_batchs(self, handler):
+        """What a receiver of train_batch_end logs is averaged like what the body logs."""
+        seen = []
+        handler.on("train_batch_end", lambda handler, batch: handler.log(norm=float(batch)), priority=-1)
+        handler.on("train_batch_end", lambda logs: seen.append(dict(logs)))
+        handler.on("val_batch_end", lambda handler, batch: handler.log(norm=float(batch)))
+        handler.on("epoch_end", lambda logs: seen.append(dict(logs)))
+        for _ in handler.epochs(1):
+            list(handler.batches([torch.zeros(1), torch.zeros(3)]))
+            list(handler.val_batches([torch.zeros(1), torch.zeros(1)]))
+
+        assert seen == [{"norm": 0.0}, {"norm": 1.0}, {"norm": 0.75, "val_norm": 0.5}]
+
     @pytest.mark.parametrize("n", [-1, 2.0, True, None])
     def test_refuses_nonsense(self, handler, n):
         """The total is an int, and the error comes at the call, not at the first epoch."""
@@ -279,6 +292,17 @@ class TestSteps:
         assert [p["epoch"] for p in recorder.of("epoch_end")] == [0, 1, 2]
         assert [p["batch"] for p in recorder.of("train_batch_end")] == [0, 1, 0, 1, 0]
         assert recorder.names[-2:] == ["epoch_end", "train_end"]
+
+    @pytest.mark.parametrize(("steps", "epoch"), [(3, 1), (4, 2)])
+    def test_longer_run_continues_the_last_round(self, handler, tmp_path, steps, epoch):
+        """The last round is only over if its loader was; a resumed run goes on where it stood."""
+        list(handler.steps(steps, "ab"))
+        handler.save(tmp_path / "a.pt")
+        handler.load(tmp_path / "a.pt")
+        rest = handler.steps(6, "ab")
+
+        assert (next(rest), handler.epoch) == ("b" if steps == 3 else "a", epoch)
+        assert list(rest) == (["a", "b"] if steps == 3 else ["b"])
 
     def test_n_is_the_total(self, handler):
         """A finished run yields nothing."""

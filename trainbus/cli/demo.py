@@ -44,7 +44,7 @@ def run(folder: str, epochs: int, batches: int, save_every: int) -> None:
         handler.add_callback(ModelCheckpoint(os.path.join(folder, "last.pt"), save_freq=save_every))
         best = ModelCheckpoint(os.path.join(folder, "best.pt"), monitor="val_loss", save_best_only=True)
         handler.add_callback(best)
-        handler.add_callback(ProgressBar())
+        handler.add_callback(ProgressBar(disable=None))  # no bar where the output is no terminal
         if handler.resume(folder):
             console.print(
                 f"Continuing in epoch {handler.epoch + 1} after {handler.global_step} batches: "

@@ -1,0 +1,292 @@
+"""What happens at each moment of a training: counters move, metrics are kept, the event is emitted.
+
+The generators come here, and loops written by hand through `Handler.emit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainbus.loop.metrics import Logs, Metrics
+from trainbus.loop.optimizer_steps import OptimizerSteps
+from trainbus.loop.progress import Progress
+from trainbus.state import rng
+from trainbus.state.data_position import DataPositions
+
+if TYPE_CHECKING:
+    from trainbus.handler import Handler
+
+__all__ = ["Moments"]
+
+
+class Moments:
+    """
+    The state of a run's loop, one method for each event that moves it. Training thread.
+
+    The handler is only asked for: its bus, whether it was resumed and why it was stopped, to
+    take postponed saves, and to finish writing.
+
+    Attributes:
+        progress: The counters.
+        optimizer_steps: What sees the optimizers step.
+        metrics: What was logged in this epoch.
+        positions: Where the loaders stand.
+        training: ``train_begin`` was emitted and ``train_end`` was not.
+        epoch_goes_on: The epoch that is about to end is not finished: a longer run continues it.
+        by_event: The methods by the name of their event.
+    """
+
+    def __init__(self, handler: Handler, optimizers: Any) -> None:
+        self.progress = Progress()
+        self.optimizer_steps = OptimizerSteps(optimizers, self.progress)
+        self.by_event: dict[str, Callable[..., None]] = {
+            "train_begin": self.begin_training,
+            "train_end": self.end_training,
+            "epoch_begin": self.begin_epoch,
+            "epoch_end": self.end_epoch,
+            "train_batch_begin": self.open_batch,
+            "train_batch_end": self.complete_batch,
+            "val_begin": self.begin_validation,
+            "val_end": self.end_validation,
+            "val_batch_begin": self.open_val_batch,
+            "val_batch_end": self.complete_val_batch,
+        }
+        self._handler = handler
+        self._rng_to_restore: Any = None  # a checkpoint's, until the loop is where it stood
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what is going on, because a checkpoint is about to be loaded."""
+        self.metrics = Metrics()
+        self.positions = DataPositions()
+        self.training = self.epoch_goes_on = False
+        self._validating = False
+        self._data: Any = None  # the batch at hand, for the default weight of log()
+        self._val_batch: int | None = None  # index of the validation batch at hand
+        self._val_data: Any = None
+        self._training_logs = Logs()  # of the training batch around a validation
+        self._epoch_logs: Logs | None = None  # of the epoch_end being emitted
+        self._held_rng: Any = None  # random state from just before the validation under way
+
+    # -- training
+
+    def begin_training(self, **payload: Any) -> None:
+        """Emit ``train_begin`` and restore what a loaded checkpoint left to be restored."""
+        self.training, self._held_rng = True, None
+        self.progress.total_epochs = payload.setdefault("total_epochs", self.progress.total_epochs)
+        payload.setdefault("resumed", self._handler.resumed)
+        self._emit("train_begin", **payload)
+        # Receivers of train_begin may draw random numbers; the run that was killed drew none here.
+        self.restore_rng(keep=self.progress.epoch_begun)
+
+    def end_training(self, **payload: Any) -> None:
+        """Wait for pending saves, then emit ``train_end``."""
+        self._handler.take_postponed_saves()
+        self._handler.finish_writing()
+        self.training = False
+        payload.setdefault("reason", self._handler.stop_reason)
+        self._emit("train_end", **payload)
+
+    def begin_epoch(self, **payload: Any) -> None:
+        """Count from zero in a new epoch and emit ``epoch_begin``."""
+        self.progress.epoch = payload.setdefault("epoch", self.progress.epoch)
+        self.progress.begin_epoch()
+        self.metrics.begin_epoch()
+        self.positions.new_epoch()
+        self._emit("epoch_begin", **payload)
+
+    def end_epoch(self, **payload: Any) -> None:
+        """Emit ``epoch_end`` with the epoch's logs over all ranks; then the next epoch is due."""
+        progress = self.progress
+        progress.epoch = payload.setdefault("epoch", progress.epoch)
+        self._handler.take_postponed_saves()
+        self._epoch_logs = payload["logs"] = _joined(self.metrics.epoch_logs(), payload.get("logs"))
+        progress.epoch_complete = not self.epoch_goes_on
+        try:
+            self._emit("epoch_end", **payload)
+        finally:
+            self._epoch_logs = None
+            if progress.epoch_complete:
+                progress.end_epoch()
+                self.metrics.begin_epoch()
+
+    def open_batch(self, data: Any = None, **payload: Any) -> None:
+        """Hand a batch to the body: ``train_batch_begin``."""
+        self.progress.batches = payload.setdefault("batch", self.progress.batches)
+        self.progress.open_batch()
+        self.metrics.begin_batch()
+        self._data = data
+        self._emit("train_batch_begin", **payload)
+
+    def complete_batch(self, **payload: Any) -> None:
+        """Count the batch and emit ``train_batch_end``."""
+        progress = self.progress
+        if not progress.batch_open:  # a loop by hand that emits ends only
+            self.metrics.begin_batch()
+            progress.in_batch = True
+            progress.batch = progress.batches = payload.get("batch", progress.batches)
+        progress.complete_batch()
+        progress.global_step = payload.setdefault("global_step", progress.global_step)
+        payload.setdefault("batch", progress.batch)
+        payload["logs"] = _joined(self.metrics.batch_logs, payload.get("logs"))
+        self.positions.advanced("train")
+        try:
+            self._emit("train_batch_end", **payload)
+            if progress.stepped:
+                self._handler.take_postponed_saves()
+        finally:
+            self._data = None
+            progress.leave_batch()
+
+    @property
+    def accumulating(self) -> bool:
+        """True in a batch whose gradients no optimizer has used yet."""
+        progress = self.progress
+        return progress.in_batch and not progress.stepped and self._gradients_pending()
+
+    @property
+    def amid_accumulation(self) -> bool:
+        """True between two batches if the last one's gradients were not used: no checkpoint holds them."""
+        progress = self.progress
+        return progress.batches > 0 and not progress.last_stepped and self._gradients_pending()
+
+    def _gradients_pending(self) -> bool:
+        return self.progress.ever_stepped or self.optimizer_steps.has_gradients()
+
+    # -- validation
+
+    def hold_rng(self, hold: bool = True) -> None:
+        """
+        Keep the random state of this moment for saves until ``val_end``, or with False no longer.
+
+        A validation is done again as a whole by the run that such a save is loaded into. One in
+        the body of a training batch is not, so nothing is held there.
+        """
+        if hold and not self.progress.batch_open:
+            self._handler.take_postponed_saves()
+            self._held_rng = rng.capture()
+        elif not hold:
+            self._held_rng = None
+
+    def begin_validation(self, **payload: Any) -> None:
+        """Emit ``val_begin``."""
+        if self._held_rng is None:
+            self.hold_rng()
+        self._validating = True
+        self._training_logs = self.metrics.begin_validation()
+        self._emit("val_begin", **payload)
+
+    def end_validation(self, **payload: Any) -> None:
+        """Emit ``val_end`` with this rank's means, named ``val_...``."""
+        logs = self.metrics.end_validation(self._training_logs, within_batch=self.progress.batch_open)
+        payload["logs"] = _joined(logs, payload.get("logs"))
+        self._validating = False
+        self.hold_rng(False)
+        self._emit("val_end", **payload)
+
+    def drop_validation(self) -> None:
+        """Forget a validation that was cut short; saves go on holding the state before it."""
+        self._validating = False
+        self.metrics.drop_validation(self._training_logs)
+
+    def open_val_batch(self, batch: int = 0, data: Any = None, **payload: Any) -> None:
+        """Hand a validation batch to the body: ``val_batch_begin``."""
+        self._val_batch, self._val_data = batch, data
+        self.metrics.begin_batch()
+        self._emit("val_batch_begin", batch=batch, **payload)
+
+    def complete_val_batch(self, **payload: Any) -> None:
+        """Emit ``val_batch_end``."""
+        payload.setdefault("batch", self._val_batch or 0)
+        payload["logs"] = _joined(self.metrics.batch_logs, payload.get("logs"))
+        self.positions.advanced("val")
+        try:
+            self._emit("val_batch_end", **payload)
+        finally:
+            self._val_batch = self._val_data = None
+
+    # -- logging
+
+    def log(self, scalars: Mapping[str, Any], weight: float | None) -> None:
+        """Add metrics to the batch at hand, or outside of one to the epoch."""
+        if self._val_batch is not None:
+            self._log_each(self.metrics.log_validation, scalars, weight, self._val_data)
+        elif self.progress.in_batch and not self._validating:
+            self._log_each(self.metrics.log_batch, scalars, weight, self._data)
+        else:
+            for name, value in scalars.items():
+                self.metrics.log_epoch(name, value)
+                if self._epoch_logs is not None:
+                    self._epoch_logs.put(name, value)
+
+    def _log_each(
+        self,
+        log: Callable[[str, Any, float], None],
+        scalars: Mapping[str, Any],
+        weight: float | None,
+        batch: Any,
+    ) -> None:
+        if weight is None:
+            weight = batch_size(batch)
+        for name, value in scalars.items():
+            log(name, value, weight)
+
+    # -- checkpoints
+
+    def collect(self) -> dict[str, Any]:
+        """Return ``progress``, ``rng`` and ``data`` of a checkpoint taken now."""
+        progress = self.progress
+        metrics = Metrics() if progress.epoch_complete else self.metrics
+        return {
+            "progress": {**progress.state_dict(), "metrics": metrics.state_dict()},
+            "rng": self._held_rng or rng.capture(),
+            "data": self.positions.state_dict(completed=1 if progress.batch_in_body_counts else 0),
+        }
+
+    def restore(self, state: Mapping[str, Any], wanted: Collection[str]) -> None:
+        """Stand where a checkpoint stood, as far as *wanted* says."""
+        if "rng" in wanted:
+            rng.restore(state["rng"])
+        if "progress" in wanted:
+            self.reset()
+            self.progress.load_state_dict(state["progress"])
+            self.metrics.load_state_dict(state["progress"]["metrics"])
+            # Again where the loop continues, because the script may draw random numbers until then.
+            self._rng_to_restore = state["rng"] if "rng" in wanted else None
+        if "data" in wanted:
+            self.positions.load_state_dict(state["data"])
+
+    def restore_rng(self, *, keep: bool = False) -> None:
+        """Restore a loaded checkpoint's random state, and unless *keep* for the last time."""
+        if self._rng_to_restore is not None:
+            rng.restore(self._rng_to_restore)
+        if not keep:
+            self._rng_to_restore = None
+
+    def _emit(self, name: str, **payload: Any) -> None:
+        self._handler.bus.emit(name, self._handler, **payload)
+
+
+def batch_size(batch: Any) -> float:
+    """Return the first dimension of the first tensor in *batch* (nested), or 1 without one."""
+    tensor = _first_tensor(batch)
+    return tensor.shape[0] if tensor is not None and tensor.ndim else 1
+
+
+def _first_tensor(batch: Any) -> torch.Tensor | None:
+    if isinstance(batch, torch.Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, (list, tuple)):
+        return next((t for t in map(_first_tensor, batch) if t is not None), None)
+    return None
+
+
+def _joined(logs: Logs, given: Mapping[str, Any] | None) -> Logs:
+    for name, value in (given or {}).items():
+        logs.put(name, value)
+    return logs
