@@ -686,6 +686,16 @@ class TestLeaving:
 
         assert counter.count == 0 and reference() is None
 
+    def test_lets_go_without_being_closed(self, tmp_path):
+        """A handler that a notebook drops is freed, although its writer's thread lives on."""
+        handler = make()
+        handler.save_async(tmp_path / "a.pt").result(30)
+        references = [weakref.ref(handler), weakref.ref(handler.module)]
+        del handler
+        gc.collect()
+
+        assert [reference() for reference in references] == [None, None]
+
     def test_second_handler_on_a_file_closes_the_first(self, tmp_path, caplog):
         """A notebook cell run again: the new handler takes over, the old one is finished."""
         first, second = make(), make()

@@ -77,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.loop.progress",
         "trainbus.save_load",
     },
+    "trainbus.leaving": {"trainbus.bus"},
     "trainbus.loading": {
         "trainbus.checkpoint.file_format",
         "trainbus.checkpoint.folder",
@@ -90,6 +91,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.bus",
         "trainbus.callback",
         "trainbus.checkpoint.",
+        "trainbus.leaving",
         "trainbus.loading",
         "trainbus.save_reports",
         "trainbus.save_requests",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trainbus.errors import CheckpointWriteError as CheckpointWriteError
     from trainbus.errors import TrainbusError as TrainbusError
     from trainbus.errors import UnsavableStateError as UnsavableStateError
+    from trainbus.errors import UntrustedPickleError as UntrustedPickleError
     from trainbus.handler import Handler as Handler
     from trainbus.save_load import load as load
     from trainbus.save_load import save as save
@@ -48,6 +49,7 @@ _HOME = {
     "Subscription": "bus",
     "TrainbusError": "errors",
     "UnsavableStateError": "errors",
+    "UntrustedPickleError": "errors",
     "load": "save_load",
     "read_manifest": "checkpoint.file_format",
     "save": "save_load",

@@ -19,11 +19,12 @@ from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.saver import Saver
 from trainbus.checkpoint.stats import CheckpointStats
 from trainbus.errors import CheckpointCorruptError, UnsavableStateError
+from trainbus.leaving import note_failures, raise_held_back
 from trainbus.loading import read_state, resumable_files
 from trainbus.loop.fit import fit
 from trainbus.loop.generators import Loop
 from trainbus.loop.moments import Moments
-from trainbus.save_reports import SaveReports
+from trainbus.save_reports import SaveReports, weak_post
 from trainbus.save_requests import SaveRequest, SaveRequests
 from trainbus.state.collect import Parts, collect, collect_weights, restore
 from trainbus.state.plain_types import find_problems
@@ -102,7 +103,7 @@ class Handler:
         self._moments = Moments(self, optimizer)
         self._loop = Loop(self, self._moments)
         self.bus = self._take_bus(bus if bus is not None else EventBus())
-        self._saver = Saver(self.bus.post, max_pending=max_pending, on_busy=on_busy)
+        self._saver = Saver(weak_post(self.bus), max_pending=max_pending, on_busy=on_busy)
         self._saves = SaveRequests(self, self._moments.progress, self._saver)
         self._reports = SaveReports(self.bus, raises=on_write_error == "raise")
         self._undo = [
@@ -394,7 +395,7 @@ class Handler:
         self._saves.skip_postponed("the handler was closed before the next optimizer step")
         try:
             self._saver.writer.close(timeout)
-            self._raise_held_back()
+            raise_held_back(self.bus)
         finally:
             self._leave_bus()
 
@@ -412,7 +413,7 @@ class Handler:
             if self._moments.training:
                 self._moments.end_training()
         except BaseException as late:
-            self._try_all(late, self.close)
+            note_failures(late, self.bus, self.close)
             raise
         self.close()
 
@@ -467,25 +468,7 @@ class Handler:
             steps.insert(0, lambda: self.bus.emit("exception", self, error=error))
         if self._moments.training:
             steps.insert(-1, self._moments.end_training)
-        self._try_all(error, *steps)
-
-    def _try_all(self, error: BaseException, *steps: Callable[[], Any]) -> None:
-        # The exception that is under way must not be masked; what else fails becomes a note on it.
-        for step in steps:
-            try:
-                step()
-            except Exception as late:
-                _add_note(error, late)
-        for held_back in self.bus.take_held_back():
-            _add_note(error, held_back)
-
-    def _raise_held_back(self) -> None:
-        try:
-            self.bus.drain()
-        except Exception as first:
-            for other in self.bus.take_held_back():
-                _add_note(first, other)
-            raise
+        note_failures(error, self.bus, *steps)
 
     def _leave_bus(self) -> None:
         for callback in self.callbacks.values():
@@ -494,7 +477,3 @@ class Handler:
             undo()
         if self.bus.handler is self:
             self.bus.handler = None
-
-
-def _add_note(error: BaseException, other: Exception) -> None:
-    error.add_note(f"Moreover, while leaving the handler: {type(other).__name__}: {other}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from trainbus.bus import EventBus
 from trainbus.checkpoint.stats import CheckpointStats
 from trainbus.errors import CheckpointError
 
-__all__ = ["SaveReports"]
+__all__ = ["SaveReports", "weak_post"]
 
 logger = logging.getLogger("trainbus")
 
@@ -57,3 +58,19 @@ class SaveReports:
         if self._raises:
             raise error
         logger.error("%s", error)
+
+
+def weak_post(bus: EventBus) -> Callable[..., None]:
+    """
+    Return ``bus.post`` for a thread that outlives the run: it does not keep the bus alive.
+
+    The bus keeps its handler, and that the model; an idle writer must not keep all of them.
+    """
+    reference = weakref.ref(bus)
+
+    def post(name: str, **fields: Any) -> None:
+        living = reference()
+        if living is not None:
+            living.post(name, **fields)
+
+    return post

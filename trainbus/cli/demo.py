@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 
 import torch
@@ -50,7 +51,10 @@ def run(folder: str, epochs: int, batches: int, save_every: int) -> None:
                 f"Continuing in epoch {handler.epoch + 1} after {handler.global_step} batches: "
                 "the result will be the same as without the interruption."
             )
-        handler.fit(train, validation, epochs=epochs, train_step=loss_of)
+        try:
+            handler.fit(train, validation, epochs=epochs, train_step=loss_of)
+        except KeyboardInterrupt:
+            sys.exit("\nInterrupted. Run the same command again, and it continues where it was.")
         cost = handler.checkpoint_stats().summary()
     _report(console, folder, cost)
 

@@ -151,7 +151,7 @@ class Loop:
             return
         mine, moments = self._round, self._moments
         moments.hold_rng()  # the iterator that is made next may draw
-        iterator = moments.positions.open(loader, "val")
+        iterator = moments.positions.open(loader, "val", restore_rng=moments.restore_rng)
         if moments.positions.finished("val"):  # it was, when the checkpoint was taken
             moments.hold_rng(False)
             return

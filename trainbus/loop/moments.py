@@ -70,6 +70,7 @@ class Moments:
         self._training_logs = Logs()  # of the training batch around a validation
         self._epoch_logs: Logs | None = None  # of the epoch_end being emitted
         self._held_rng: Any = None  # random state from just before the validation under way
+        self._redo_validation = False  # the loaded checkpoint was taken in a validation
 
     # -- training
 
@@ -80,7 +81,9 @@ class Moments:
         payload.setdefault("resumed", self._handler.resumed)
         self._emit("train_begin", **payload)
         # Receivers of train_begin may draw random numbers; the run that was killed drew none here.
-        self.restore_rng(keep=self.progress.epoch_begun)
+        self.restore_rng()
+        if not self.progress.in_body:
+            self._rng_to_restore = None
 
     def end_training(self, **payload: Any) -> None:
         """Wait for pending saves, then emit ``train_end``."""
@@ -97,6 +100,7 @@ class Moments:
         self.metrics.begin_epoch()
         self.positions.new_epoch()
         self._emit("epoch_begin", **payload)
+        self.progress.in_body = True
 
     def end_epoch(self, **payload: Any) -> None:
         """Emit ``epoch_end`` with the epoch's logs over all ranks; then the next epoch is due."""
@@ -117,6 +121,7 @@ class Moments:
         """Hand a batch to the body: ``train_batch_begin``."""
         self.progress.batches = payload.setdefault("batch", self.progress.batches)
         self.progress.open_batch()
+        self._rng_to_restore = None
         self.metrics.begin_batch()
         self._data = data
         self._emit("train_batch_begin", **payload)
@@ -165,17 +170,19 @@ class Moments:
         A validation is done again as a whole by the run that such a save is loaded into. One in
         the body of a training batch is not, so nothing is held there.
         """
-        if hold and not self.progress.batch_open:
+        if not hold:
+            self._held_rng = None
+        elif not self.progress.batch_open:
+            if self._redo_validation:
+                self.restore_rng()
             self._handler.take_postponed_saves()
             self._held_rng = rng.capture()
-        elif not hold:
-            self._held_rng = None
 
     def begin_validation(self, **payload: Any) -> None:
         """Emit ``val_begin``."""
         if self._held_rng is None:
             self.hold_rng()
-        self._validating = True
+        self._validating, self._redo_validation = True, False
         self._training_logs = self.metrics.begin_validation()
         self._emit("val_begin", **payload)
 
@@ -195,6 +202,7 @@ class Moments:
     def open_val_batch(self, batch: int = 0, data: Any = None, **payload: Any) -> None:
         """Hand a validation batch to the body: ``val_batch_begin``."""
         self._val_batch, self._val_data = batch, data
+        self._rng_to_restore = None
         self.metrics.begin_batch()
         self._emit("val_batch_begin", batch=batch, **payload)
 
@@ -241,9 +249,16 @@ class Moments:
         progress = self.progress
         metrics = Metrics() if progress.epoch_complete else self.metrics
         return {
-            "progress": {**progress.state_dict(), "metrics": metrics.state_dict()},
+            "progress": {
+                **progress.state_dict(),
+                "in_validation": self._held_rng is not None,
+                "metrics": metrics.state_dict(),
+            },
             "rng": self._held_rng or rng.capture(),
-            "data": self.positions.state_dict(completed=1 if progress.batch_in_body_counts else 0),
+            "data": self.positions.state_dict(
+                completed=int(progress.batch_in_body_counts),
+                in_hand=int(progress.batch_open and not progress.batch_in_body_counts),
+            ),
         }
 
     def restore(self, state: Mapping[str, Any], wanted: Collection[str]) -> None:
@@ -254,17 +269,16 @@ class Moments:
             self.reset()
             self.progress.load_state_dict(state["progress"])
             self.metrics.load_state_dict(state["progress"]["metrics"])
+            self._redo_validation = state["progress"]["in_validation"]
             # Again where the loop continues, because the script may draw random numbers until then.
             self._rng_to_restore = state["rng"] if "rng" in wanted else None
         if "data" in wanted:
             self.positions.load_state_dict(state["data"])
 
-    def restore_rng(self, *, keep: bool = False) -> None:
-        """Restore a loaded checkpoint's random state, and unless *keep* for the last time."""
+    def restore_rng(self) -> None:
+        """Restore a loaded checkpoint's random state, until the loop is where the checkpoint was taken."""
         if self._rng_to_restore is not None:
             rng.restore(self._rng_to_restore)
-        if not keep:
-            self._rng_to_restore = None
 
     def _emit(self, name: str, **payload: Any) -> None:
         self._handler.bus.emit(name, self._handler, **payload)

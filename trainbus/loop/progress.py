@@ -22,6 +22,7 @@ class Progress:
         total_epochs: What `epochs` was asked for; None when unknown.
         epoch_begun: ``epoch_begin`` of `epoch` has been emitted, in this process or in the
             one that wrote the checkpoint.
+        in_body: The loop body of `epoch` was entered; it runs from its top again after a resume.
         batch_open: A batch was handed to the loop body and is not completed.
         in_batch: A batch is open, or its ``train_batch_end`` is being emitted.
         stepped: An optimizer stepped since that batch was handed out.
@@ -36,6 +37,7 @@ class Progress:
     global_step: int = 0
     total_epochs: int | None = None
     epoch_begun: bool = False
+    in_body: bool = False
     batch_open: bool = False
     in_batch: bool = False
     stepped: bool = False
@@ -55,7 +57,7 @@ class Progress:
     def end_epoch(self) -> None:
         self.epoch += 1
         self.batches = self.batch = 0
-        self.epoch_begun = self.epoch_complete = False
+        self.epoch_begun = self.in_body = self.epoch_complete = False
 
     def open_batch(self) -> None:
         self.batch = self.batches
@@ -77,14 +79,15 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         """Return the counters as a run that loads them must find them."""
         if self.epoch_complete:
-            epoch, batches, begun = self.epoch + 1, 0, False
+            epoch, batches, begun, in_body = self.epoch + 1, 0, False, False
         else:
-            epoch, batches, begun = self.epoch, self.batches, self.epoch_begun
+            epoch, batches, begun, in_body = self.epoch, self.batches, self.epoch_begun, self.in_body
         ahead = 1 if self.batch_in_body_counts else 0
         return {
             "epoch": epoch,
             "batches": batches + ahead,
             "epoch_begun": begun,
+            "in_body": in_body,
             "global_step": self.global_step + ahead,
             "total_epochs": self.total_epochs,
             "ever_stepped": self.ever_stepped,
@@ -96,6 +99,7 @@ class Progress:
         self.batches = state["batches"]
         self.batch = max(0, self.batches - 1)
         self.epoch_begun = state["epoch_begun"]
+        self.in_body = state["in_body"]
         self.global_step = state["global_step"]
         self.total_epochs = state["total_epochs"]
         self.ever_stepped = state["ever_stepped"]

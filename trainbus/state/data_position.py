@@ -165,7 +165,7 @@ class DataPositions:
             if slot.saved is not None:
                 slot.saved = {**slot.saved, "pass": None, "rng": None}
 
-    def state_dict(self, *, completed: int = 0) -> dict[str, Any]:
+    def state_dict(self, *, completed: int = 0, in_hand: int = 0) -> dict[str, Any]:
         """
         Return the position now: plain values, and tensors that nobody changes afterwards.
 
@@ -174,12 +174,18 @@ class DataPositions:
 
         Args:
             completed: Batches of the open training pass that count although `advanced` was not called yet.
+            in_hand: 1 if a batch of it was handed out that does not count and is to come again, else 0.
         """
         val = self._open.get("val")
         again = val if "train" not in self._open else None
         # What shares a generator with that validation goes back to its start as well.
         states = dict(zip(again.slot.generators, again.start["generators"], strict=True)) if again else {}
-        return {name: self._slot_state(slot, again, states, completed) for name, slot in self._slots.items()}
+        trained = self._open.get("train")
+        under_way = None
+        if trained is not None:
+            consumed = trained.consumed + completed
+            under_way = {"start": trained.start, "consumed": consumed, "in_hand": in_hand}
+        return {name: self._slot_state(slot, again, states, under_way) for name, slot in self._slots.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over *state*, which `open` will apply, loader by loader. Passes under way are forgotten."""
@@ -226,13 +232,13 @@ class DataPositions:
     def _continue(
         self, slot: _Slot, saved: Mapping[str, Any], role: Role, restore_rng: Callable[[], None]
     ) -> tuple[_Pass, Iterator[Any]]:
-        start, consumed = saved["pass"]["start"], saved["pass"]["consumed"]
+        start, consumed, in_hand = (saved["pass"][key] for key in ("start", "consumed", "in_hand"))
 
         def arrive() -> None:
             set_generators(slot.generators, saved["generators"])
             restore_rng()
 
-        iterator = resume(slot.loader, role, start, saved["loader"], consumed, arrive)
+        iterator = resume(slot.loader, role, start, saved["loader"], consumed, in_hand, arrive)
         self._restored += slot.generators
         self._note_seeds(slot)
         return _Pass(slot, start, consumed), iterator
@@ -263,7 +269,11 @@ class DataPositions:
         slot.seeds = seeds
 
     def _slot_state(
-        self, slot: _Slot, again: _Pass | None, states: Mapping[torch.Generator, torch.Tensor], completed: int
+        self,
+        slot: _Slot,
+        again: _Pass | None,
+        states: Mapping[torch.Generator, torch.Tensor],
+        under_way: dict[str, Any] | None,
     ) -> dict[str, Any]:
         generators = [states.get(one, one.get_state()) for one in slot.generators]
         if slot.saved is not None:  # no pass since the load
@@ -281,5 +291,5 @@ class DataPositions:
             "loader": slot.loader.state_dict() if own else None,
             "workers_alive": anew.start["workers_alive"] if anew else has_workers_alive(slot.loader),
             "rng": anew.start["rng"] if anew else None,
-            "pass": {"start": trained.start, "consumed": trained.consumed + completed} if trained else None,
+            "pass": under_way if trained else None,
         }

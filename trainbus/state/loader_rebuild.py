@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,13 +85,19 @@ def begin(loader: Any, start: Mapping[str, Any], own: Any = None) -> Iterator[An
     if has_own_state(loader):
         return _begin_from_own_state(loader, start, own)
     if start["workers_alive"] and not has_workers_alive(loader) and _keeps_workers(loader):
-        return _iterate_from(loader, 0, start, _nothing, "train")
+        return _iterate_from(loader, 0, 0, start, _nothing, "train")
     iterator: Iterator[Any] = iter(loader)
     return iterator
 
 
 def resume(
-    loader: Any, role: str, start: Mapping[str, Any], own: Any, consumed: int, arrive: Callable[[], None]
+    loader: Any,
+    role: str,
+    start: Mapping[str, Any],
+    own: Any,
+    consumed: int,
+    in_hand: int,
+    arrive: Callable[[], None],
 ) -> Iterator[Any]:
     """
     Continue a pass that *start* describes after *consumed* batches.
@@ -101,6 +108,7 @@ def resume(
         start: Of `describe_pass`, when the pass was begun.
         own: The state that *loader* itself returned there, or None.
         consumed: Batches not to come again.
+        in_hand: Batches that come again: 1 if one had been handed out that did not count, else 0.
         arrive: Called once, when *loader* stands there, to set the random states of the checkpoint.
 
     Raises:
@@ -115,7 +123,7 @@ def resume(
         iterator = iter(loader)
     elif isinstance(loader, DataLoader) and not _is_streaming(loader):
         _warn_of_workers(loader, role, consumed)
-        return _iterate_from(loader, consumed, start, arrive, role)
+        return _iterate_from(loader, consumed, in_hand, start, arrive, role)
     else:
         iterator = _read_up_to(loader, consumed, role)
     arrive()
@@ -130,11 +138,14 @@ class _Rest:
     the first item, so the items are dropped no earlier than at the first one.
     """
 
-    def __init__(self, sampler: Any, skip: int, rewind: Callable[[], None], role: str) -> None:
+    def __init__(self, sampler: Any, skip: int, in_hand: int, rewind: Callable[[], None], role: str) -> None:
         self.sampler = sampler
         self.live: Iterator[Any] | None = None
         self.arrive: Callable[[], None] = _nothing
         self._skip = skip
+        self._in_hand = in_hand
+        self._is_there = False
+        self._again: list[Any] = []
         self._rewind = rewind
         self._role = role
 
@@ -145,12 +156,17 @@ class _Rest:
 
     def _items(self, live: Iterator[Any]) -> Iterator[Any]:
         self.advance(live)
+        yield from self._again
         yield from live
 
     def advance(self, live: Iterator[Any]) -> None:
         """Go to the first item to hand out; do nothing if it is there."""
-        skip, self._skip, self._rewind = self._skip, 0, _nothing
-        _drop(live, skip, self._role)
+        if self._is_there:
+            return
+        self._is_there, self._rewind = True, _nothing
+        _drop(live, self._skip, self._role)
+        # What comes again was drawn before the checkpoint was taken, so it is drawn before we arrive.
+        self._again = list(itertools.islice(live, self._in_hand))
         arrive, self.arrive = self.arrive, _nothing
         arrive()
 
@@ -162,12 +178,17 @@ class _Rest:
 
 
 def _iterate_from(
-    loader: DataLoader[Any], skip: int, start: Mapping[str, Any], arrive: Callable[[], None], role: str
+    loader: DataLoader[Any],
+    skip: int,
+    in_hand: int,
+    start: Mapping[str, Any],
+    arrive: Callable[[], None],
+    role: str,
 ) -> Iterator[Any]:
     # Workers that were kept began this pass without a new base seed, and new ones draw it first.
     rewind = (lambda: _rewind(loader, start)) if start["workers_alive"] else _nothing
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    rest = _Rest(getattr(loader, name), skip, rewind, role)
+    rest = _Rest(getattr(loader, name), skip, in_hand, rewind, role)
     twin = copy.copy(loader)
     # DataLoader.__setattr__ refuses to replace samplers.
     vars(twin).update({name: rest, "_iterator": None})
