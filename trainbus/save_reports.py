@@ -43,8 +43,8 @@ class SaveReports:
         self.stats.saves += 1
         self.stats.bytes += size
         self.stats.seconds_to_durable += seconds
-        name, megabytes = os.path.basename(path), size / 1e6
-        logger.info("saved %s (%.1f MB, %.1f s in the background)", name, megabytes, seconds)
+        name, megabytes, digits = os.path.basename(path), size / 1e6, 1 if seconds >= 0.1 else 2
+        logger.info("saved %s (%.1f MB, %.*f s in the background)", name, megabytes, digits, seconds)
 
     def _on_skipped(self, path: str, reason: str) -> None:
         self.stats.skipped += 1

@@ -47,16 +47,12 @@ def run(folder: str, epochs: int, batches: int, save_every: int) -> None:
         handler.add_callback(best)
         handler.add_callback(ProgressBar(disable=None))  # no bar where the output is no terminal
         if handler.resume(folder):
-            console.print(
-                f"Continuing in epoch {handler.epoch + 1} after {handler.global_step} batches: "
-                "the result will be the same as without the interruption."
-            )
+            console.print(_where_it_continues(handler, epochs), soft_wrap=True)
         try:
             handler.fit(train, validation, epochs=epochs, train_step=loss_of)
         except KeyboardInterrupt:
             sys.exit("\nInterrupted. Run the same command again, and it continues where it was.")
-        cost = handler.checkpoint_stats().summary()
-    _report(console, folder, cost)
+    _report(console, folder)
 
 
 def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -122,7 +118,16 @@ class CharGPT(nn.Module):
         return self.head(self.norm(x))  # type: ignore[no-any-return]
 
 
-def _report(console: Console, folder: str, cost: str) -> None:
+def _where_it_continues(handler: Handler, epochs: int) -> str:
+    if handler.epoch >= epochs:
+        return f"This run of {handler.epoch} epochs is complete."
+    return (
+        f"Continuing in epoch {handler.epoch + 1} after {handler.global_step} batches: "
+        "the result will be the same as without the interruption."
+    )
+
+
+def _report(console: Console, folder: str) -> None:
     table = Table("file", "epoch", "step", "val_loss", "size")
     for file in CheckpointFolder(folder):
         manifest = file.manifest
@@ -135,10 +140,9 @@ def _report(console: Console, folder: str, cost: str) -> None:
             f"{manifest.size / 1e6:.1f} MB",
         )
     console.print(table)
-    console.print(cost, soft_wrap=True)
     console.print(
         "\nNext: kill it in the middle and run it again, "
-        f"train on with [bold]trainbus demo {folder} --epochs 5[/],\n"
+        f"train on with [bold]trainbus demo {folder} --epochs 6[/],\n"
         f'or open a file without trainbus: [bold]python -c "import torch; '
         f"print(torch.load('{os.path.join(folder, 'best.pt')}', weights_only=True).keys())\"[/]",
         highlight=False,
