@@ -15,9 +15,10 @@ logger = logging.getLogger("trainbus")
 @pytest.fixture(autouse=True)
 def _unconfigured_logging(monkeypatch):
     """Cut the logger off from the root, where pytest has handlers that would count as configured logging."""
-    gc.collect()  # a bar whose run did not end lets go of the logger when it is collected
     monkeypatch.setattr(logger, "parent", None)
     monkeypatch.setattr(logger, "handlers", [])
+    yield
+    gc.collect()  # a bar whose run did not end lets go of the logger when it is collected: now
 
 
 class TestConsoleLines:
@@ -31,6 +32,22 @@ class TestConsoleLines:
             logger.warning("careful")
 
         assert capsys.readouterr().out == "saved best.pt\ncareful\n"
+
+    def test_beside_handlers_that_show_warnings(self, capsys, monkeypatch):
+        """
+        A root logger that shows warnings only goes on doing so, and the rest is printed.
+        """
+        seen = []
+        root = logging.Logger("root", logging.WARNING)
+        root.addHandler(ConsoleLines(seen.append))
+        monkeypatch.setattr(logger, "parent", root)
+        with console_lines():
+            logger.info("saved best.pt")
+            logger.warning("careful")
+        logger.warning("afterwards")
+
+        assert capsys.readouterr().out == "saved best.pt\n"
+        assert seen == ["careful", "afterwards"]
 
     def test_leaves_no_trace(self):
         """

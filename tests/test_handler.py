@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import logging
+import re
 import threading
 import weakref
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import nn
 import trainbus
 from trainbus import Callback, CheckpointSkipped, CheckpointWriteError, Handler, UnsavableStateError
 from trainbus.checkpoint import disk
+from trainbus.checkpoint.commit import commit
 from trainbus.errors import HandlerClosedError, StateMismatchError
 from trainbus.testing import EventRecorder
 from trainbus_callbacks import ModelCheckpoint
@@ -203,6 +206,30 @@ class TestSave:
         with pytest.raises(HandlerClosedError, match=r"Cannot save .*a.pt.*closed.*with handler"):
             handler.save(tmp_path / "a.pt")
 
+    @pytest.mark.parametrize(
+        ("options", "place"),
+        [
+            ({"optimizer": [1]}, "optimizer=[1]"),
+            ({"extra": {"n": 3}}, "extra['n']=3"),
+            ({"scaler": 1}, "scaler=1"),
+        ],
+    )
+    def test_parts_must_have_a_state(self, options, place):
+        """A part without a state is refused when the handler is made, by its name."""
+        with pytest.raises(TypeError, match=re.escape(f"Cannot save {place}: it has no state_dict()")):
+            Handler(nn.Linear(1, 1), **options)
+
+    def test_replaced_optimizer_is_seen(self, tmp_path):
+        """The steps of an optimizer that was put in the place of another count."""
+        with make() as handler:
+            train(handler)
+            handler.optimizer = torch.optim.SGD(handler.module.parameters(), 0.1)
+            for _ in handler.epochs(2):
+                for _ in handler.batches(range(2)):
+                    handler.module(torch.randn(4, 2)).sum().backward()
+                    handler.optimizer.step()
+                    assert not handler.accumulating
+
     def test_config_must_be_json(self):
         """A config that cannot go into the manifest is refused when the handler is made."""
         with pytest.raises(TypeError, match=r"Cannot write config.*into a manifest.*It takes"):
@@ -246,6 +273,9 @@ class TestCheck:
 
             def state_dict(self):
                 return {"x": Path("/x") if self.bad else 1}
+
+            def load_state_dict(self, state):
+                pass
 
         extra = Turns()
         with pytest.raises(
@@ -330,6 +360,44 @@ class TestLoad:
             threading.Timer(0.2, held_disk.set).start()
             assert handler.load(tmp_path / "a.pt").contents == "state"
 
+    def test_weights_have_no_optimizer(self, tmp_path):
+        """What a file of weights has not is asked for in vain, and that is said."""
+        with make() as handler:
+            handler.save(tmp_path / "w.pt", weights_only=True)
+            with pytest.raises(StateMismatchError, match=r"Cannot load optimizer from .*w.pt.*weights only"):
+                handler.load(tmp_path / "w.pt", only=("module", "optimizer"))
+
+    def test_names_the_part_that_does_not_fit(self, tmp_path):
+        """An object that refuses its state is named."""
+        with Handler({"A": nn.Linear(1, 1), "B": nn.Linear(1, 1)}) as handler:
+            handler.save(tmp_path / "a.pt")
+        with Handler({"A": nn.Linear(1, 1), "B": nn.Linear(1, 2)}) as other:
+            with pytest.raises(
+                StateMismatchError, match=r"(?s)Cannot load module\['B'\] into Linear: .*size mismatch"
+            ):
+                other.load(tmp_path / "a.pt")
+
+    def test_callback_added_afterwards_takes_its_state(self, tmp_path):
+        """The order of resume and add_callback does not matter."""
+        with make() as handler:
+            handler.add_callback(Counter()).count = 7
+            handler.save(tmp_path / "a.pt")
+        with make() as other:
+            other.resume(tmp_path)
+            assert other.add_callback(Counter()).count == 7
+
+    def test_waits_for_another_handlers_save(self, tmp_path, held_disk):
+        """A notebook cell run again resumes from what the first run is still writing."""
+        first, second = make(), make()
+        train(first)
+        first.save_async(tmp_path / "a.pt")
+        threading.Timer(0.2, held_disk.set).start()
+        second.resume(tmp_path)
+
+        assert second.global_step == 3
+        first.close()
+        second.close()
+
     def test_refuses_other_parts(self, tmp_path):
         """A file without what the run has is refused before anything is changed."""
         model = nn.Linear(1, 1)
@@ -404,6 +472,37 @@ class TestResume:
 
         assert other.global_step == 0 and other.resumed
         assert "b.pt" in caplog.text and "damaged" in caplog.text
+
+    def test_passes_over_interrupted_files(self, tmp_path):
+        """A file that was taken while leaving by an exception is not gone on from by itself."""
+        with make() as handler:
+            handler.save(tmp_path / "a.pt")
+        state, manifest = trainbus.load(tmp_path / "a.pt"), trainbus.read_manifest(tmp_path / "a.pt")
+        newer = dataclasses.replace(manifest, interrupted=True, sequence=99)
+        commit(tmp_path / "b.pt", newer, lambda stream: torch.save(state, stream))
+        with make() as other:
+            assert other.resume(tmp_path).sequence == manifest.sequence
+
+    @pytest.mark.parametrize("event", ["epoch_end", "train_end"])
+    def test_the_next_epoch_begins_without_metrics(self, tmp_path, event):
+        """A file taken at the end of an epoch holds no metrics of it: they are not the next one's."""
+        with make() as handler:
+            handler.on(event, lambda: handler.save(tmp_path / "a.pt"))
+            train(handler)
+
+        progress = trainbus.load(tmp_path / "a.pt")["progress"]
+        assert (progress["epoch"], progress["batches"], progress["metrics"]["means"]) == (1, 0, {})
+
+    def test_validation_by_hand_is_done_again(self, tmp_path):
+        """Also in a loop that emits by hand, a save in a validation holds the random state before it."""
+        with make() as handler:
+            handler.emit("val_begin")
+            before = torch.get_rng_state()
+            torch.rand(3)
+            handler.save(tmp_path / "a.pt")
+            handler.emit("val_end")
+
+        assert torch.equal(trainbus.load(tmp_path / "a.pt")["rng"]["torch"], before)
 
     def test_finished_run_does_nothing(self, tmp_path):
         """A finished run that is started again yields no epoch."""

@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "trainbus.checkpoint.folder": FILE,
     "trainbus.checkpoint.load": FILE,
-    "trainbus.checkpoint.saver": {"trainbus.errors", "trainbus.checkpoint.", "trainbus.state.plain_types"},
+    "trainbus.checkpoint.saver": {"trainbus.errors", "trainbus.checkpoint."},
     "trainbus.state.": STATE,
     "trainbus.state": set(),
     # the run
@@ -74,11 +74,14 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.errors",
         "trainbus.claims",
         "trainbus.checkpoint.",
-        "trainbus.loop.progress",
+        "trainbus.loop.moments",
+        "trainbus.state.plain_types",
         "trainbus.save_load",
     },
     "trainbus.leaving": {"trainbus.bus"},
     "trainbus.loading": {
+        "trainbus.errors",
+        "trainbus.checkpoint.background_writer",
         "trainbus.checkpoint.file_format",
         "trainbus.checkpoint.folder",
         "trainbus.checkpoint.load",
@@ -169,7 +172,7 @@ class TestModule:
         assert forbidden == set(), f"{name} must not import {forbidden}"
 
     def test_is_short(self, path):
-        """A file over 500 lines wants to be two."""
+        """A file over 500 lines wants to be two, and most of them long before."""
         assert len(path.read_text().splitlines()) <= 500
 
 

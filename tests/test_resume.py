@@ -100,16 +100,75 @@ class Script:
         handler.on(name, save_and_leave, priority=100)
 
 
-def assert_same_end(folder, stop_at, **options):
-    whole = Script(folder / "whole", **options).run(seed=1)
+def assert_same_end(folder, stop_at, script=Script, **options):
+    whole = script(folder / "whole", **options).run(seed=1)
     part = folder / "part"
-    Script(part, **options).run(seed=1, stop_at=stop_at)
+    script(part, **options).run(seed=1, stop_at=stop_at)
     assert trainbus.CheckpointFolder(part).latest() is not None
-    weights, draws, metrics = Script(part, **options).run(seed=2)
+    weights, draws, metrics = script(part, **options).run(seed=2)
 
     assert torch.equal(weights, whole[0]), stop_at
     assert draws[-1] == whole[1][-1], stop_at
     assert all(metrics[epoch] == whole[2][epoch] for epoch in metrics), stop_at
+
+
+class Breaking(Script):
+    """Takes four batches an epoch, leaving its loop by break."""
+
+    def train_on(self, handler, loader, draws):
+        for x, y in handler.batches(self.train):
+            mse_loss(self.model(x), y).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            draw(draws)
+            if handler.batch % 2 == 1:
+                break
+
+
+class InBody(Script):
+    """Saves in the loop body, after the step."""
+
+    def leave(self, handler, name, number):
+        self.number = number
+
+    def train_on(self, handler, loader, draws):
+        for x, y in handler.batches(loader):
+            mse_loss(self.model(x), y).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            draw(draws)
+            if handler.global_step == getattr(self, "number", None):
+                handler.save(self.folder / "a.pt")
+                raise InterruptedError
+
+
+class TestPlacesInTheBody:
+    @pytest.mark.parametrize("number", range(1, 9))
+    def test_break(self, tmp_path, number):
+        """Each batch of loops that are left by break."""
+        assert_same_end(tmp_path, ("train_batch_end", number), script=Breaking)
+
+    @pytest.mark.parametrize("number", range(12))
+    def test_after_the_step(self, tmp_path, number):
+        """A save after the step counts the batch."""
+        assert_same_end(tmp_path, ("body", number), script=InBody)
+
+    @pytest.mark.parametrize("event", ["val_begin", "val_batch_end", "val_end"])
+    def test_validation_in_the_body(self, tmp_path, event):
+        """A save in a validation inside of a batch is taken at the end of that batch."""
+        folder = tmp_path / "part"
+        whole = Script(tmp_path / "whole", validate="batch").run(seed=1)
+        part = Script(folder, validate="batch")
+        with Handler(part.model, part.optimizer) as handler:
+            handler.on(event, lambda: handler.save_async(folder / "a.pt"), once=True)
+            torch.manual_seed(1), np.random.seed(1), random.seed(1)
+            draw([])
+            for _ in handler.epochs(1):
+                draw([])
+                part.train_on(handler, part.train, [])
+        weights, draws, _ = Script(folder, validate="batch").run(seed=2)
+
+        assert torch.equal(weights, whole[0]) and draws[-1] == whole[1][-1]
 
 
 class TestEveryEvent:

@@ -26,7 +26,7 @@ from trainbus.loop.generators import Loop
 from trainbus.loop.moments import Moments
 from trainbus.save_reports import SaveReports, weak_post
 from trainbus.save_requests import SaveRequest, SaveRequests
-from trainbus.state.collect import Parts, collect, collect_weights, restore
+from trainbus.state.collect import Parts, check_parts, collect, collect_weights, restore
 from trainbus.state.plain_types import find_problems
 from trainbus.unwrap import unwrap
 
@@ -88,30 +88,41 @@ class Handler:
             raise ValueError(f"on_write_error must be 'raise' or 'warn', got {on_write_error!r}.")
         self.model = module
         self.module = unwrap(module)
-        self.optimizer = optimizer
         self.scheduler = scheduler
         self.scaler = scaler
         self.extra = dict(extra or {})
         self.config = config
         self.callbacks: dict[str, Callback] = {}
+        self._unclaimed: dict[str, Any] = {}  # states that were loaded for callbacks not yet added
         self.closed = False
         self.resumed = False
         self.stopped = False
         self.stop_reason: str | None = None
         self.run_id = uuid.uuid4().hex
         self.lineage: tuple[str, ...] = ()
-        self._moments = Moments(self, optimizer)
+        self._moments = Moments(self)
+        self.optimizer = optimizer
         self._loop = Loop(self, self._moments)
+        check_parts(self._parts())
         self.bus = self._take_bus(bus if bus is not None else EventBus())
         self._saver = Saver(weak_post(self.bus), max_pending=max_pending, on_busy=on_busy)
-        self._saves = SaveRequests(self, self._moments.progress, self._saver)
+        self._saves = SaveRequests(self, self._moments, self._saver)
         self._reports = SaveReports(self.bus, raises=on_write_error == "raise")
         self._undo = [
-            self.bus.on("train_begin", self.check, priority=-math.inf).cancel,
+            self.bus.on("train_begin", self._begin, priority=-math.inf).cancel,
             self.bus.on("train_end", self._log_stats, priority=math.inf).cancel,
             *self._reports.undo,
-            *self._moments.optimizer_steps.undo,
         ]
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer, a dict of them, or None. May be replaced; the new one's steps are seen."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._moments.watch(optimizer)
 
     # -- where the run stands
 
@@ -158,13 +169,15 @@ class Handler:
     # -- events
 
     def add_callback(self, callback: C) -> C:
-        """Attach *callback* to the bus, save and load its state with the run's, and return it."""
+        """Attach *callback*, save its state with the run's, give it what was loaded for it; return it."""
         callback.attach(self.bus)
         key, count = callback.state_key, 1
         while key in self.callbacks:
             count += 1
             key = f"{callback.state_key}#{count}"
         self.callbacks[key] = callback
+        if key in self._unclaimed:
+            callback.load_state_dict(self._unclaimed.pop(key))
         return callback
 
     def on(self, name: str, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -184,7 +197,7 @@ class Handler:
         else:
             self.bus.emit(name, self, **payload)
 
-    def log(self, *, weight: float | None = None, **scalars: Any) -> None:
+    def log(self, *, weight: Any = None, **scalars: Any) -> None:
         """
         Record metrics: numbers, or tensors with one element on any device. Never waits for a device.
 
@@ -192,8 +205,8 @@ class Handler:
         `val_batches` they are named ``val_<name>``. Elsewhere they belong to the epoch, as given.
 
         Args:
-            weight: Of this batch in the average; by default the first dimension of the batch's
-                first tensor.
+            weight: Of this batch in the average, a number or a tensor with one element; by default
+                the first dimension of the batch's first tensor.
             **scalars: The metrics by name.
         """
         self._loop.settle()
@@ -253,7 +266,7 @@ class Handler:
             CheckpointWriteError: If the state could not be saved or the disk refused.
             CheckpointSkipped: If the writer was busy and ``on_busy`` is not ``"wait"``.
         """
-        if self.accumulating:
+        if self.accumulating and self._moments.optimizer_steps.has_gradients():
             logger.warning(
                 "%s is saved between two optimizer steps: the gradients accumulated so far are not in it. "
                 "Use save_async(), which waits for the next step.",
@@ -344,9 +357,11 @@ class Handler:
             CheckpointCorruptError: If the file is damaged; nothing has been changed.
             StateMismatchError: If file and run have different parts.
         """
-        self._saves.finish(path)
         loaded = read_state(path, only)
         restore(self._parts(), loaded.state, loaded.wanted, strict)
+        if "callbacks" in loaded.wanted:
+            states = loaded.state["callbacks"] or {}
+            self._unclaimed = {key: state for key, state in states.items() if key not in self.callbacks}
         if "progress" in loaded.wanted:
             self._loop.reset()
         self._moments.restore(loaded.state, loaded.wanted)
@@ -364,7 +379,6 @@ class Handler:
             Its manifest, or None if there is nothing to resume from: a first run goes on
             from the start with the same script.
         """
-        self.finish_writing()
         for file in resumable_files(folder):
             try:
                 manifest = self.load(file.path)
@@ -456,6 +470,11 @@ class Handler:
         bus.handler = self
         return bus
 
+    def _begin(self) -> None:
+        self.check()
+        for key in self._unclaimed:
+            logger.warning("Not used: the checkpoint's state of callback %r, which this run has not.", key)
+
     def _log_stats(self) -> None:
         stats = self.checkpoint_stats()
         if stats.saves + stats.skipped + stats.failed:
@@ -473,6 +492,7 @@ class Handler:
     def _leave_bus(self) -> None:
         for callback in self.callbacks.values():
             callback.detach()
+        self._moments.optimizer_steps.stop()
         for undo in self._undo:
             undo()
         if self.bus.handler is self:

@@ -32,4 +32,5 @@ def raise_held_back(bus: EventBus) -> None:
 
 
 def _add_note(error: BaseException, other: Exception) -> None:
-    error.add_note(f"Moreover, while leaving the handler: {type(other).__name__}: {other}")
+    more = "; ".join([str(other), *getattr(other, "__notes__", ())])
+    error.add_note(f"Moreover, while leaving the handler: {type(other).__name__}: {more}")

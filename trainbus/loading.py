@@ -8,9 +8,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainbus.checkpoint.background_writer import finish_saves
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
 from trainbus.checkpoint.load import load_file
+from trainbus.errors import StateMismatchError
 from trainbus.state.collect import KEYS
 from trainbus.state.plain_types import from_plain
 
@@ -37,23 +39,38 @@ class LoadedState:
 
 def read_state(path: str | os.PathLike[str], only: Collection[str] | None) -> LoadedState:
     """
-    Read and verify a file. One that holds weights only offers the module alone.
+    Read and verify a file, once it is written. One that holds weights only offers the module alone.
 
     Raises:
         ValueError: If *only* names a part there is not.
         CheckpointCorruptError: If the file is damaged.
+        StateMismatchError: If *only* names what a file of weights has not.
     """
     wanted = _require_keys(only)
+    target = os.path.abspath(os.path.expanduser(path))
+    finish_saves(lambda saved: saved == target)
     value, manifest = load_file(path)
     state = from_plain(value)
     if _is_full_state(state, manifest):
         return LoadedState(state, wanted, manifest)
+    if only is not None and wanted != {"module"}:
+        missing = ", ".join(sorted(wanted - {"module"}))
+        raise StateMismatchError(
+            f"Cannot load {missing} from {os.fspath(path)!r}: it holds weights only. "
+            "Load it with only=('module',), or take a file of the full state."
+        )
     logger.info("%s holds weights only; the rest of the run stays as it is.", os.fspath(path))
     return LoadedState({"module": state}, wanted & {"module"}, manifest)
 
 
 def resumable_files(folder: str | os.PathLike[str]) -> list[CheckpointFile]:
-    """Return the files of *folder* that a run can go on from, the newest first. Reads their ends only."""
+    """
+    Return the files of *folder* that a run can go on from, the newest first. Reads their ends only.
+
+    Waits for saves into it that are pending in this process, also those of another handler.
+    """
+    target = os.path.abspath(os.path.expanduser(folder))
+    finish_saves(lambda saved: os.path.dirname(saved) == target)
     files = [file for file in CheckpointFolder(folder) if file.manifest.contents == "state"]
     return [file for file in reversed(files) if not file.manifest.interrupted]
 

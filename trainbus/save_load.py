@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from trainbus.checkpoint.background_writer import finish_saves
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.load import load_file, verify_file
 from trainbus.checkpoint.pending_save import PendingSave
@@ -78,7 +79,7 @@ def load(
     trust_pickle: bool = False,
 ) -> Any:
     """
-    Load what `save`, a `Handler` or plain ``torch.save`` wrote.
+    Load what `save`, a `Handler` or plain ``torch.save`` wrote; first finishes a pending save of it.
 
     Args:
         path: The file.
@@ -92,6 +93,8 @@ def load(
         CheckpointCorruptError: If the file is damaged; no tensor of it has been used.
         FileNotFoundError: If there is no such file.
     """
+    target = os.path.abspath(os.path.expanduser(path))
+    finish_saves(lambda saved: saved == target)
     value, _ = load_file(path, map_location=map_location, verify=verify, trust_pickle=trust_pickle)
     return from_plain(value)
 

@@ -14,8 +14,9 @@ from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.saver import Saver
 from trainbus.claims import claim
 from trainbus.errors import CheckpointSkipped, HandlerClosedError
-from trainbus.loop.progress import Progress
+from trainbus.loop.moments import Moments
 from trainbus.save_load import versions
+from trainbus.state.plain_types import to_plain
 
 if TYPE_CHECKING:
     from trainbus.handler import Handler
@@ -53,9 +54,10 @@ class _Accepted:
 class SaveRequests:
     """What `Handler.save` and `save_async` do. Training thread."""
 
-    def __init__(self, handler: Handler, progress: Progress, saver: Saver) -> None:
+    def __init__(self, handler: Handler, moments: Moments, saver: Saver) -> None:
         self._handler = handler
-        self._progress = progress
+        self._moments = moments
+        self._progress = moments.progress
         self._saver = saver
         self._postponed: list[_Accepted] = []
         self._sequence = 0
@@ -94,7 +96,7 @@ class SaveRequests:
             logs=numbers,
         )
         accepted = _Accepted(pending, weights_only, request)
-        if postpone and handler.accumulating:
+        if postpone and self._moments.must_wait:
             self._postponed.append(accepted)
         else:
             self._take(accepted)
@@ -123,13 +125,6 @@ class SaveRequests:
             )
             pending.fail(CheckpointSkipped(pending.path or "", reason))
 
-    def finish(self, path: str | os.PathLike[str]) -> None:
-        """Wait for pending saves if one of them is of *path*."""
-        target = os.path.abspath(os.path.expanduser(os.fspath(path)))
-        pending = [one.path for one in self._saver.writer.unfinished]
-        if target in (os.path.abspath(one) for one in pending if one is not None):
-            self._saver.writer.flush()
-
     def _take(self, accepted: _Accepted) -> None:
         handler, pending, request = self._handler, accepted.pending, accepted.request
         # An open batch in which the optimizer stepped counts already, so this may be one ahead.
@@ -152,7 +147,7 @@ class SaveRequests:
         )
         self._saver.save(
             pending,
-            lambda: handler.collect(accepted.weights_only),
+            lambda: to_plain(handler.collect(accepted.weights_only)),
             manifest,
             removals=request.removals,
         )

@@ -35,6 +35,7 @@ _HOLE = "\0"
 _HOLES = re.compile(rf"(?:[_.=-]*{_HOLE})+[_.=-]*")
 # Stands for any value while a pattern is being built.
 _ANY = "\1"
+_ANY_NUMBER = r"(?:[-+._eE0-9]+|[-+_]*(?:inf|nan|INF|NAN))"
 
 
 class _Field(NamedTuple):
@@ -133,7 +134,7 @@ class NameTemplate:
             names = {self._assemble(values, "", {})}
             if None in values:
                 names = {self._assemble(values, self._suffix(_ANY, step), {}) for step in (None, _ANY)}
-            patterns += [re.compile(re.escape(name).replace(_ANY, r"[A-Za-z0-9._=+-]+")) for name in names]
+            patterns += [re.compile(re.escape(name).replace(_ANY, _ANY_NUMBER)) for name in names]
         return patterns
 
     def _fields(self) -> Iterator[_Field]:

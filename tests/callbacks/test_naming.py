@@ -240,7 +240,16 @@ class TestMatches:
         assert NameTemplate("runs/m-{epoch:03d}-{val_loss:.4f}.pt").matches(name)
 
     @pytest.mark.parametrize(
-        "name", ["m-.pt", "n-003-0.1.pt", "m-003-0.1.pth", "m-3 1-0.1.pt", ".m-3.pt.tmp"]
+        "name",
+        [
+            "m-.pt",
+            "n-003-0.1.pt",
+            "m-003-0.1.pth",
+            "m-3 1-0.1.pt",
+            ".m-3.pt.tmp",
+            "m-best.pt",
+            "m-last-new.pt",
+        ],
     )
     def test_foreign(self, name):
         """

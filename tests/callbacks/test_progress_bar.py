@@ -22,9 +22,10 @@ logger = logging.getLogger("trainbus")
 @pytest.fixture(autouse=True)
 def _unconfigured_logging(monkeypatch):
     """Cut the logger off from the root, where pytest has handlers that would count as configured logging."""
-    gc.collect()  # a bar whose run did not end lets go of the logger when it is collected
     monkeypatch.setattr(logger, "parent", None)
     monkeypatch.setattr(logger, "handlers", [])
+    yield
+    gc.collect()  # a bar whose run did not end lets go of the logger when it is collected: now
 
 
 class Value:

@@ -171,6 +171,25 @@ class TestBreak:
 
         assert recorder.names[-4:] == [*BATCH, "epoch_end", "train_end"]
 
+    def test_another_loop_counts_what_was_left(self, handler, recorder, step):
+        """A batch left by break in a loop that a variable keeps alive is counted when the next begins."""
+        for _ in handler.epochs(1):
+            kept = handler.batches([1, 2, 3])
+            for _ in kept:
+                step()
+                break
+            for _ in handler.batches([4]):
+                step()
+
+        assert handler.global_step == 2 and recorder.names.count("train_batch_end") == 2
+
+    def test_two_loops_at_once(self, handler):
+        """Two loops cannot take turns: each batch counts once."""
+        with pytest.raises(TrainbusError, match=r"another one was begun before it ended.*iterable of pairs"):
+            for _ in handler.epochs(1):
+                for _ in zip(handler.batches([1, 2]), handler.batches([3, 4]), strict=True):
+                    pass
+
     def test_closing_emits_nothing(self, handler, recorder):
         """A generator that is thrown away emits nothing, because its errors would be discarded."""
         epochs = handler.epochs(2)
@@ -303,6 +322,12 @@ class TestSteps:
 
         assert (next(rest), handler.epoch) == ("b" if steps == 3 else "a", epoch)
         assert list(rest) == (["a", "b"] if steps == 3 else ["b"])
+
+    def test_longer_run_of_the_same_handler_goes_on(self, handler):
+        """More steps on the same handler go on in the middle of the round."""
+        assert list(handler.steps(3, loader := ["a", "b"])) == ["a", "b", "a"]
+        assert list(handler.steps(5, loader)) == ["b", "a"]
+        assert handler.epoch == 2
 
     def test_n_is_the_total(self, handler):
         """A finished run yields nothing."""

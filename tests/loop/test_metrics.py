@@ -30,6 +30,15 @@ class TestRunningMean:
 
         assert mean.value() == 2.0
 
+    @pytest.mark.parametrize("weight", [torch.tensor(3), np.int64(3), np.float32(3)])
+    def test_takes_any_weight(self, weight):
+        """A weight may be a tensor, whose value is not read, or a NumPy scalar; what comes out is a float."""
+        mean = RunningMean()
+        mean.add(1.0, as_scalar("weight", weight))
+        mean.add(torch.tensor(5.0), 1)
+
+        assert mean.value() == 2.0 and type(mean.value()) is float
+
     def test_mixes_numbers_and_tensors(self):
         """Numbers and tensors can be logged under one name."""
         mean = RunningMean()

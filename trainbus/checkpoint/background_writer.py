@@ -25,7 +25,7 @@ from trainbus.errors import CheckpointError, CheckpointSkipped, CheckpointWriteE
 if TYPE_CHECKING:
     from trainbus.checkpoint.file_format import Manifest
 
-__all__ = ["BackgroundWriter", "PendingSave"]
+__all__ = ["BackgroundWriter", "finish_saves"]
 
 _log = logging.getLogger("trainbus")
 _POLICIES = ("wait", "skip", "replace")
@@ -316,6 +316,19 @@ class BackgroundWriter:
         self._begin_empty()
         for pending in unfinished:
             pending.give_up_in_child()
+
+
+def finish_saves(concerns: Callable[[str], bool]) -> None:
+    """
+    Block until no writer of this process has an unfinished save of a file that matters.
+
+    Args:
+        concerns: Told an absolute path, says whether it matters.
+    """
+    for writer in list(_WRITERS):
+        paths = [save.path for save in writer.unfinished if save.path is not None]
+        if any(concerns(os.path.abspath(path)) for path in paths):
+            writer.flush()
 
 
 def _absolute(paths: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""One save on its way from live state to the writer's queue: room, plain values, snapshot, job.
+"""One save on its way from live state to the writer's queue: room, snapshot, job.
 
 The road that every save of trainbus takes, with or without a handler.
 """
@@ -19,7 +19,6 @@ from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.staging_copy import take_snapshot
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.errors import CheckpointWriteError
-from trainbus.state.plain_types import to_plain
 
 __all__ = ["Saver"]
 
@@ -58,7 +57,7 @@ class Saver:
 
         Args:
             pending: Learns what becomes of the save; also of a failure in here.
-            collect: Called on this thread, once there is room, for the state.
+            collect: Called on this thread, once there is room, for the state, as `to_plain` makes it.
             manifest: Everything the file will say of itself but size and digest.
             removals: Files to remove once this one is durable.
         """
@@ -75,7 +74,7 @@ class Saver:
         if not self.writer.admit(pending):
             return
         try:
-            snapshot = take_snapshot(to_plain(collect()), self._memory)
+            snapshot = take_snapshot(collect(), self._memory)
         except Exception as error:
             failure = CheckpointWriteError(pending.path, pending.global_step, error)
             failure.__cause__ = error

@@ -41,6 +41,7 @@ class Loop:
         self._target: int | None = None  # global step at which steps() ends
         self._inner: weakref.ref[Generator[Any, None, None]] | None = None  # the batches() handed out last
         self._round = 0  # counts loads; a generator from before one must not go on
+        self._pass = 0  # counts batches(); one must not go on after another was begun
         self.reset()
 
     def reset(self) -> None:
@@ -48,6 +49,7 @@ class Loop:
         self._round += 1
         self._left_batches = self._left_validation = False  # left by break, not yet settled
         self._cut_short = False  # stop() ended this epoch before its batches or validation did
+        self._rest: tuple[Any, Iterator[Any]] | None = None  # a loader not used up, and its iterator
 
     def settle(self) -> None:
         """Finish what a ``break`` left open. A training batch counts if an optimizer stepped in it."""
@@ -60,10 +62,10 @@ class Loop:
         if self._left_batches:
             self._left_batches = False
             if self._progress.stepped:
-                moments.complete_batch()
+                moments.complete_batch(ends_pass=True)
             else:
                 self._progress.leave_batch()
-            moments.positions.closed("train")
+                moments.positions.closed("train")
 
     # -- what users call
 
@@ -120,6 +122,8 @@ class Loop:
         self._moments.end_training()
 
     def _batches(self, loader: Iterable[T]) -> Generator[T, None, None]:
+        # One that a variable keeps alive was left by break, or else it will find out.
+        self._left_batches = self._left_batches or self._progress.batch_open
         self.settle()
         if not self._progress.epoch_begun:
             raise TrainbusError(
@@ -128,22 +132,28 @@ class Loop:
             )
         if self._cut_short:
             return
-        mine, moments = self._round, self._moments
+        self._pass += 1
+        mine, this_pass, moments = self._round, self._pass, self._moments
         self.total_batches = _length(loader)
-        iterator = moments.positions.open(loader, "train", restore_rng=moments.restore_rng)
+        iterator = self._rest_of(loader)
+        if iterator is None:
+            iterator = moments.positions.open(loader, "train", restore_rng=moments.restore_rng)
         while not self._is_over():
             batch: Any = next(iterator, _END)
             if batch is _END:
                 moments.positions.closed("train")
-                break
+                return
             moments.open_batch(batch)
             try:
                 yield batch
             except GeneratorExit:
-                self._left_batches = self._round == mine
+                self._left_batches = (self._round, self._pass) == (mine, this_pass)
+                moments.note_break()
                 raise
             self._require_same_round(mine, "batches")
+            self._require_same_pass(this_pass)
             moments.complete_batch()
+        self._rest = loader, iterator
 
     def _val_batches(self, loader: Iterable[T]) -> Iterator[T]:
         self.settle()
@@ -184,6 +194,7 @@ class Loop:
     def _begin_epoch_unless_continued(self) -> None:
         # A continued epoch's epoch_begin was emitted by the run that was interrupted.
         if not self._progress.epoch_begun:
+            self._rest = None
             self._moments.begin_epoch()
 
     def _close_inner(self) -> None:
@@ -205,9 +216,21 @@ class Loop:
             return True
         return False
 
+    def _rest_of(self, loader: Any) -> Iterator[Any] | None:
+        """Return what an earlier loop over *loader* in this epoch left when its target or a stop ended it."""
+        rest, self._rest = self._rest, None
+        return rest[1] if rest is not None and rest[0] is loader else None
+
     def _all_handed_out(self) -> bool:
         consumed = self._moments.positions.consumed("train")
         return self.total_batches is not None and consumed >= self.total_batches
+
+    def _require_same_pass(self, mine: int) -> None:
+        if mine != self._pass:
+            raise TrainbusError(
+                "Cannot continue this batches() loop: another one was begun before it ended, and each batch "
+                "counts once. To train on two loaders together, give batches() one iterable of pairs."
+            )
 
     def _require_same_round(self, mine: int, what: str) -> None:
         if mine != self._round:

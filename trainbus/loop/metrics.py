@@ -23,18 +23,20 @@ class RunningMean:
     Attributes:
         total: Sum of value x weight: a Python float, or a 0-dim float64 tensor on the
             device of the newest value (float32 where the device has no float64).
-        weight: Sum of the weights.
+        weight: Sum of the weights; a tensor if one of them was.
     """
 
     __slots__ = ("total", "weight")
 
-    def __init__(self, total: float | torch.Tensor = 0.0, weight: float = 0.0) -> None:
+    def __init__(self, total: float | torch.Tensor = 0.0, weight: float | torch.Tensor = 0.0) -> None:
         self.total = total
         self.weight = weight
 
-    def add(self, value: float | torch.Tensor, weight: float) -> None:
-        """Add one value (a number or a 0-dim tensor, any device and dtype). Never waits for a device."""
-        self.weight += weight
+    def add(self, value: float | torch.Tensor, weight: float | torch.Tensor) -> None:
+        """Add one value; both are numbers or 0-dim tensors (any device, dtype). Never waits for a device."""
+        self.weight = self.weight + weight
+        if isinstance(weight, torch.Tensor):
+            value, weight = value * weight, 1.0
         if not isinstance(value, torch.Tensor):
             self.total = self.total + value * weight
         elif isinstance(self.total, torch.Tensor) and self.total.device == value.device:
@@ -47,7 +49,8 @@ class RunningMean:
 
     def value(self) -> float:
         """Return the mean (NaN without weight). Waits for the device if the sum is on one."""
-        return float(self.total) / self.weight if self.weight else float("nan")
+        weight = float(self.weight)
+        return float(self.total) / weight if weight else float("nan")
 
 
 class Logs(Mapping[str, Any]):
@@ -104,13 +107,13 @@ class Metrics:
 
     # -- logging
 
-    def log_batch(self, name: str, value: Any, weight: float) -> None:
+    def log_batch(self, name: str, value: Any, weight: float | torch.Tensor) -> None:
         """Add a metric of the training batch at hand."""
         scalar = as_scalar(name, value)
         self._means.setdefault(name, RunningMean()).add(scalar, weight)
         self._batch.put(name, scalar)
 
-    def log_validation(self, name: str, value: Any, weight: float) -> None:
+    def log_validation(self, name: str, value: Any, weight: float | torch.Tensor) -> None:
         """Add a metric of the validation batch at hand; it is called ``val_<name>`` from here on."""
         assert self._validating is not None
         name = validation_name(name)
@@ -174,14 +177,14 @@ class Metrics:
         means = {**self._means, **self._validated}
         if ranks.world_size() == 1:
             return Logs({**means, **self._given})
-        mine = {name: (float(mean.total), mean.weight) for name, mean in means.items()}
+        mine = {name: (float(mean.total), float(mean.weight)) for name, mean in means.items()}
         mine |= {name: (float(value), 1.0) for name, value in self._given.items()}
         gathered: dict[str, RunningMean] = {}
         for sums in ranks.gather(mine):
             for name, (total, weight) in sums.items():
                 mean = gathered.setdefault(name, RunningMean())
-                mean.total += total
-                mean.weight += weight
+                mean.total = mean.total + total
+                mean.weight = mean.weight + weight
         return Logs(gathered)
 
     # -- resume
@@ -203,8 +206,8 @@ class Metrics:
 
 
 def validation_name(name: str) -> str:
-    """Return *name* with ``val_`` before it, unless it is there already."""
-    return name if name.startswith("val_") else f"val_{name}"
+    """Return *name* with ``val_`` before it, unless that or ``val/`` is there already."""
+    return name if name.startswith(("val_", "val/")) else f"val_{name}"
 
 
 def as_scalar(name: str, value: Any) -> float | torch.Tensor:

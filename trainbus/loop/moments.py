@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainbus.loop.metrics import Logs, Metrics
+from trainbus.loop.metrics import Logs, Metrics, as_scalar
 from trainbus.loop.optimizer_steps import OptimizerSteps
 from trainbus.loop.progress import Progress
 from trainbus.state import rng
@@ -39,9 +39,9 @@ class Moments:
         by_event: The methods by the name of their event.
     """
 
-    def __init__(self, handler: Handler, optimizers: Any) -> None:
+    def __init__(self, handler: Handler) -> None:
         self.progress = Progress()
-        self.optimizer_steps = OptimizerSteps(optimizers, self.progress)
+        self.optimizer_steps = OptimizerSteps(None, self.progress)
         self.by_event: dict[str, Callable[..., None]] = {
             "train_begin": self.begin_training,
             "train_end": self.end_training,
@@ -70,7 +70,13 @@ class Moments:
         self._training_logs = Logs()  # of the training batch around a validation
         self._epoch_logs: Logs | None = None  # of the epoch_end being emitted
         self._held_rng: Any = None  # random state from just before the validation under way
+        self._rng_at_break: Any = None  # random state from when the body was left, until that is settled
         self._redo_validation = False  # the loaded checkpoint was taken in a validation
+
+    def watch(self, optimizers: Any) -> None:
+        """See the steps of these optimizers (one, a dict, or None) from now on, of no others."""
+        self.optimizer_steps.stop()
+        self.optimizer_steps = OptimizerSteps(optimizers, self.progress)
 
     # -- training
 
@@ -121,13 +127,13 @@ class Moments:
         """Hand a batch to the body: ``train_batch_begin``."""
         self.progress.batches = payload.setdefault("batch", self.progress.batches)
         self.progress.open_batch()
-        self._rng_to_restore = None
+        self._rng_to_restore = self._rng_at_break = None
         self.metrics.begin_batch()
         self._data = data
         self._emit("train_batch_begin", **payload)
 
-    def complete_batch(self, **payload: Any) -> None:
-        """Count the batch and emit ``train_batch_end``."""
+    def complete_batch(self, *, ends_pass: bool = False, **payload: Any) -> None:
+        """Count the batch and emit ``train_batch_end``; with *ends_pass* its loader was left."""
         progress = self.progress
         if not progress.batch_open:  # a loop by hand that emits ends only
             self.metrics.begin_batch()
@@ -138,19 +144,35 @@ class Moments:
         payload.setdefault("batch", progress.batch)
         payload["logs"] = _joined(self.metrics.batch_logs, payload.get("logs"))
         self.positions.advanced("train")
+        if ends_pass:
+            self.positions.closed("train")
         try:
             self._emit("train_batch_end", **payload)
-            if progress.stepped:
+            if not self.accumulating:
                 self._handler.take_postponed_saves()
         finally:
-            self._data = None
+            self._data = self._rng_at_break = None
             progress.leave_batch()
+
+    def note_break(self) -> None:
+        """Keep the random state of this moment: the batch left now is completed by a later call."""
+        self._rng_at_break = rng.capture()
 
     @property
     def accumulating(self) -> bool:
         """True in a batch whose gradients no optimizer has used yet."""
         progress = self.progress
         return progress.in_batch and not progress.stepped and self._gradients_pending()
+
+    @property
+    def must_wait(self) -> bool:
+        """
+        True where a save that can wait does: until gradients are used, or a validation is over.
+
+        Of a validation in the body of a training batch, that is: the batch counts already, so a run
+        that loads the file would not come there again.
+        """
+        return self.accumulating or (self._validating and self.progress.batch_open)
 
     @property
     def amid_accumulation(self) -> bool:
@@ -190,9 +212,11 @@ class Moments:
         """Emit ``val_end`` with this rank's means, named ``val_...``."""
         logs = self.metrics.end_validation(self._training_logs, within_batch=self.progress.batch_open)
         payload["logs"] = _joined(logs, payload.get("logs"))
-        self._validating = False
         self.hold_rng(False)
-        self._emit("val_end", **payload)
+        try:
+            self._emit("val_end", **payload)
+        finally:
+            self._validating = False
 
     def drop_validation(self) -> None:
         """Forget a validation that was cut short; saves go on holding the state before it."""
@@ -218,7 +242,7 @@ class Moments:
 
     # -- logging
 
-    def log(self, scalars: Mapping[str, Any], weight: float | None) -> None:
+    def log(self, scalars: Mapping[str, Any], weight: Any) -> None:
         """Add metrics to the batch at hand, or outside of one to the epoch."""
         if self._val_batch is not None:
             self._log_each(self.metrics.log_validation, scalars, weight, self._val_data)
@@ -232,13 +256,12 @@ class Moments:
 
     def _log_each(
         self,
-        log: Callable[[str, Any, float], None],
+        log: Callable[[str, Any, Any], None],
         scalars: Mapping[str, Any],
-        weight: float | None,
+        weight: Any,
         batch: Any,
     ) -> None:
-        if weight is None:
-            weight = batch_size(batch)
+        weight = batch_size(batch) if weight is None else as_scalar("weight", weight)
         for name, value in scalars.items():
             log(name, value, weight)
 
@@ -254,7 +277,7 @@ class Moments:
                 "in_validation": self._held_rng is not None,
                 "metrics": metrics.state_dict(),
             },
-            "rng": self._held_rng or rng.capture(),
+            "rng": self._held_rng or self._rng_at_break or rng.capture(),
             "data": self.positions.state_dict(
                 completed=int(progress.batch_in_body_counts),
                 in_hand=int(progress.batch_open and not progress.batch_in_body_counts),

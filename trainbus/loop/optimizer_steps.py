@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,14 @@ class OptimizerSteps:
     def __init__(self, optimizers: Any, progress: Progress) -> None:
         each = optimizers.values() if isinstance(optimizers, Mapping) else [optimizers]
         self._optimizers = [one for one in each if isinstance(one, torch.optim.Optimizer)]
-        hooks = [
+        self._hooks = [
             one.register_step_post_hook(lambda *_: progress.note_optimizer_step()) for one in self._optimizers
         ]
-        self.undo: list[Callable[[], Any]] = [hook.remove for hook in hooks]
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
 
     def has_gradients(self) -> bool:
         """Return whether backward has left gradients that a step would use."""

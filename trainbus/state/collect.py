@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from trainbus.errors import StateMismatchError, did_you_mean
 
-__all__ = ["KEYS", "Parts", "Stateful", "collect", "collect_weights", "restore"]
+__all__ = ["KEYS", "Parts", "Stateful", "check_parts", "collect", "collect_weights", "restore"]
 
 KEYS = ("module", "optimizer", "scheduler", "scaler", "extra", "callbacks", "progress", "rng", "data")
 
@@ -63,7 +63,7 @@ def restore(parts: Parts, state: Mapping[str, Any], only: Collection[str], stric
     """
     Load the objects' parts of *state* that *only* names.
 
-    What does not fit by its structure is refused before anything is changed.
+    A part that one side has and the other has not is refused before anything is changed.
 
     Raises:
         StateMismatchError: With *strict*, if the run and the file have different parts.
@@ -74,6 +74,29 @@ def restore(parts: Parts, state: Mapping[str, Any], only: Collection[str], stric
             loads += _loads_of(key, getattr(parts, key), state.get(key), strict)
     for load in loads:
         load()
+
+
+def check_parts(parts: Parts) -> None:
+    """
+    Raise TypeError for a part that has no state to save and load, naming it.
+
+    An optimizer or scheduler may be None, and each part but the scaler a dict of several.
+    """
+    for key in KEYS[:5]:
+        part = getattr(parts, key)
+        named = (
+            {f"{key}[{name!r}]": one for name, one in part.items()}
+            if isinstance(part, Mapping)
+            else {key: part}
+        )
+        for place, one in named.items():
+            if one is None and place == key != "module":
+                continue
+            if not all(callable(getattr(one, method, None)) for method in ("state_dict", "load_state_dict")):
+                raise TypeError(
+                    f"Cannot save {place}={one!r}: it has no state_dict() and load_state_dict(). "
+                    "Give an object that has both, or a dict of such objects by name."
+                )
 
 
 def _state_of(thing: Any) -> Any:
@@ -92,8 +115,18 @@ def _loads_of(key: str, mine: Any, saved: Any, strict: bool) -> list[Callable[[]
             raise StateMismatchError(_one_sided(key, "file" if mine is None else "run"))
         return []
     if key == "module" and not strict:
-        return [lambda: mine.load_state_dict(saved, strict=False)]
-    return [lambda: mine.load_state_dict(saved)]
+        return [lambda: _load(key, mine, saved, strict=False)]
+    return [lambda: _load(key, mine, saved)]
+
+
+def _load(key: str, mine: Any, saved: Any, **options: Any) -> None:
+    try:
+        mine.load_state_dict(saved, **options)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise StateMismatchError(
+            f"Cannot load {key} into {type(mine).__name__}: {error}. What comes before it in the file "
+            "is loaded. Make the object as it was when the file was written, or load less with only=(...)."
+        ) from error
 
 
 def _loads_of_each(
@@ -103,14 +136,7 @@ def _loads_of_each(
     for name in sorted({*mine, *saved}):
         if name in mine and name in saved:
             loads += _loads_of(f"{key}[{name!r}]", mine[name], saved[name], strict)
-        elif key == "callbacks":
-            if name in saved:
-                logger.warning(
-                    "The checkpoint holds the state of callback %r, which this run does not have.%s",
-                    name,
-                    did_you_mean(name, mine),
-                )
-        elif _is_refused(key, strict):
+        elif key != "callbacks" and _is_refused(key, strict):
             where = "run" if name in mine else "file"
             raise StateMismatchError(
                 _one_sided(f"{key}[{name!r}]", where) + did_you_mean(name, {*mine, *saved} - {name})
