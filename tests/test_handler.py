@@ -178,6 +178,19 @@ class TestSave:
         names = [Path(file.path).name for file in trainbus.CheckpointFolder(tmp_path)]
         assert names == ["a.pt", "b.pt", "c.pt"]
 
+    def test_in_the_body_after_the_step_counts_the_batch(self, tmp_path):
+        """The counters in the file agree with the weights in it."""
+        with make() as handler:
+            for _ in handler.epochs(1):
+                for _ in handler.batches(range(2)):
+                    handler.module(torch.randn(4, 2)).sum().backward()
+                    handler.optimizer.step()
+                    manifest = handler.save(tmp_path / "a.pt")
+                    break
+
+        progress = trainbus.load(tmp_path / "a.pt")["progress"]
+        assert (manifest.global_step, progress["global_step"], progress["batches"]) == (1, 1, 1)
+
     def test_relative_path_survives_chdir(self, tmp_path, monkeypatch, held_disk):
         """The file goes where it was asked for, also if the script changes its folder meanwhile."""
         (tmp_path / "there").mkdir()

@@ -182,6 +182,16 @@ class TestEveryEvent:
             pytest.skip("the run has no more of them, or is over")
         assert_same_end(tmp_path, (event, number))
 
+    def test_twice_in_one_validation(self, tmp_path):
+        """Left in a validation, and again in the same one when it is done anew."""
+        whole = Script(tmp_path / "whole").run(seed=1)
+        part = tmp_path / "part"
+        Script(part).run(seed=1, stop_at=("val_batch_end", 1))
+        Script(part).run(seed=2, stop_at=("val_batch_end", 2))
+        weights, draws, _ = Script(part).run(seed=3)
+
+        assert torch.equal(weights, whole[0]) and draws[-1] == whole[1][-1]
+
     @pytest.mark.parametrize("number", range(1, 13))
     def test_each_batch(self, tmp_path, number):
         """Each of the twelve batches."""

@@ -196,6 +196,7 @@ class Moments:
             self._held_rng = None
         elif not self.progress.batch_open:
             if self._redo_validation:
+                # All devices; the loaders' positions restore the CPU's alone.
                 self.restore_rng()
             self._handler.take_postponed_saves()
             self._held_rng = rng.capture()
