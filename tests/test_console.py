@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 
 import pytest
@@ -10,15 +9,7 @@ import pytest
 from trainbus.console import ConsoleLines, console_lines
 
 logger = logging.getLogger("trainbus")
-
-
-@pytest.fixture(autouse=True)
-def _unconfigured_logging(monkeypatch):
-    """Cut the logger off from the root, where pytest has handlers that would count as configured logging."""
-    monkeypatch.setattr(logger, "parent", None)
-    monkeypatch.setattr(logger, "handlers", [])
-    yield
-    gc.collect()  # a bar whose run did not end lets go of the logger when it is collected: now
+pytestmark = pytest.mark.usefixtures("unconfigured_logging")
 
 
 class TestConsoleLines:

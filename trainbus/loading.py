@@ -47,8 +47,7 @@ def read_state(path: str | os.PathLike[str], only: Collection[str] | None) -> Lo
         StateMismatchError: If *only* names what a file of weights has not.
     """
     wanted = _require_keys(only)
-    target = os.path.abspath(os.path.expanduser(path))
-    finish_saves(lambda saved: saved == target)
+    finish_saves(path)
     value, manifest = load_file(path)
     state = from_plain(value)
     if _is_full_state(state, manifest):
@@ -69,8 +68,7 @@ def resumable_files(folder: str | os.PathLike[str]) -> list[CheckpointFile]:
 
     Waits for saves into it that are pending in this process, also those of another handler.
     """
-    target = os.path.abspath(os.path.expanduser(folder))
-    finish_saves(lambda saved: os.path.dirname(saved) == target)
+    finish_saves(folder)
     files = [file for file in CheckpointFolder(folder) if file.manifest.contents == "state"]
     return [file for file in reversed(files) if not file.manifest.interrupted]
 

@@ -93,8 +93,7 @@ def load(
         CheckpointCorruptError: If the file is damaged; no tensor of it has been used.
         FileNotFoundError: If there is no such file.
     """
-    target = os.path.abspath(os.path.expanduser(path))
-    finish_saves(lambda saved: saved == target)
+    finish_saves(path)
     value, _ = load_file(path, map_location=map_location, verify=verify, trust_pickle=trust_pickle)
     return from_plain(value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import logging
 import sys
@@ -17,15 +16,7 @@ from trainbus_callbacks import ProgressBar
 pytest.importorskip("tqdm")
 
 logger = logging.getLogger("trainbus")
-
-
-@pytest.fixture(autouse=True)
-def _unconfigured_logging(monkeypatch):
-    """Cut the logger off from the root, where pytest has handlers that would count as configured logging."""
-    monkeypatch.setattr(logger, "parent", None)
-    monkeypatch.setattr(logger, "handlers", [])
-    yield
-    gc.collect()  # a bar whose run did not end lets go of the logger when it is collected: now
+pytestmark = pytest.mark.usefixtures("unconfigured_logging")
 
 
 class Value:

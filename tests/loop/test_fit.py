@@ -166,23 +166,14 @@ class TestFit:
 
             assert torch.equal(weights(second), weights(whole)), stop
 
+    @pytest.mark.usefixtures("unconfigured_logging")
     def test_prints_what_happens_to_checkpoints(self, tmp_path, capsys):
         """Without configured logging fit prints the best and the saved."""
-        import logging
-
-        root, handlers = logging.getLogger(), logging.getLogger().handlers[:]
-        for one in handlers:
-            root.removeHandler(one)
-        try:
-            handler, train, val = make()
-            with handler:
-                handler.add_callback(
-                    ModelCheckpoint(tmp_path / "best.pt", monitor="val_loss", save_best_only=True)
-                )
-                handler.fit(train, val, epochs=1, loss_fn=mse_loss)
-        finally:
-            for one in handlers:
-                root.addHandler(one)
+        handler, train, val = make()
+        with handler:
+            best = ModelCheckpoint(tmp_path / "best.pt", monitor="val_loss", save_best_only=True)
+            handler.add_callback(best)
+            handler.fit(train, val, epochs=1, loss_fn=mse_loss)
 
         printed = capsys.readouterr().out
         assert "epoch 1: val_loss is" in printed and "saved best.pt (" in printed

@@ -318,16 +318,12 @@ class BackgroundWriter:
             pending.give_up_in_child()
 
 
-def finish_saves(concerns: Callable[[str], bool]) -> None:
-    """
-    Block until no writer of this process has an unfinished save of a file that matters.
-
-    Args:
-        concerns: Told an absolute path, says whether it matters.
-    """
+def finish_saves(path: str | os.PathLike[str]) -> None:
+    """Block until no writer of this process has an unfinished save of this file, or into this folder."""
+    target = os.path.abspath(os.path.expanduser(path))
     for writer in list(_WRITERS):
-        paths = [save.path for save in writer.unfinished if save.path is not None]
-        if any(concerns(os.path.abspath(path)) for path in paths):
+        saved = [os.path.abspath(save.path) for save in writer.unfinished if save.path is not None]
+        if any(target in (file, os.path.dirname(file)) for file in saved):
             writer.flush()
 
 

@@ -1,0 +1,18 @@
+"""What tests of several rooms ask for."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import pytest
+
+
+@pytest.fixture
+def unconfigured_logging(monkeypatch):
+    """Cut the logger off from the root, where pytest has handlers that would count as configured logging."""
+    logger = logging.getLogger("trainbus")
+    monkeypatch.setattr(logger, "parent", None)
+    monkeypatch.setattr(logger, "handlers", [])
+    yield
+    gc.collect()  # a bar whose run did not end lets go of the logger when it is collected: now
