@@ -53,8 +53,18 @@ ALLOWED: dict[str, set[str]] = {
     },
     "trainbus.checkpoint.disk": {"trainbus.errors"},
     "trainbus.checkpoint.file_format": {"trainbus.errors"},
-    "trainbus.checkpoint.output_stream": {*FILE, "trainbus.checkpoint.disk"},
-    "trainbus.checkpoint.commit": {*FILE, "trainbus.checkpoint.disk", "trainbus.checkpoint.output_stream"},
+    "trainbus.checkpoint.chunk_writers": {"trainbus.errors", "trainbus.checkpoint.staging_memory"},
+    "trainbus.checkpoint.output_stream": {
+        *FILE,
+        "trainbus.checkpoint.disk",
+        "trainbus.checkpoint.chunk_writers",
+    },
+    "trainbus.checkpoint.commit": {
+        *FILE,
+        "trainbus.checkpoint.disk",
+        "trainbus.checkpoint.chunk_writers",
+        "trainbus.checkpoint.output_stream",
+    },
     "trainbus.checkpoint.pending_save": FILE,
     "trainbus.checkpoint.background_writer": {
         *FILE,

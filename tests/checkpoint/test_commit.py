@@ -37,9 +37,9 @@ class FailingDisk(Disk):
         self._step("create")
         return super().create(folder, name)
 
-    def write(self, fd: int, data: memoryview) -> int:
+    def write(self, fd: int, data: memoryview, position: int) -> int:
         self._step("write")
-        return super().write(fd, data)
+        return super().write(fd, data, position)
 
     def fsync(self, fd: int) -> None:
         self._step("fsync")
@@ -125,7 +125,7 @@ class TestCommit:
         disk = FailingDisk(fail_at=4)
 
         with pytest.raises(OSError, match="injected into write"):
-            save(tmp_path / "a.pt", {"a": torch.zeros(6 << 20)}, disk)
+            save(tmp_path / "a.pt", {"a": torch.zeros(12 << 20)}, disk)
 
         assert os.listdir(tmp_path) == []
 
@@ -137,7 +137,7 @@ class TestCommit:
         def serialize(stream: Any) -> None:
             for _ in range(3):
                 try:
-                    stream.write(bytes(9 << 20))
+                    stream.write(bytes(17 << 20))
                 except OSError:
                     pass
 

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 import xxhash
 
+from trainbus.checkpoint.chunk_writers import CHUNK_BYTES, ChunkWriters
 from trainbus.checkpoint.disk import DISK, Disk
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
@@ -27,16 +30,67 @@ def content(fd: int) -> bytes:
     return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
+def inline(chunk_bytes: int = CHUNK_BYTES) -> ChunkWriters:
+    """Writers that are the caller's own thread."""
+    return ChunkWriters(threads=0, chunk_bytes=chunk_bytes)
+
+
+@pytest.fixture(name="threads")
+def _threads() -> Iterator[ChunkWriters]:
+    """Two threads and chunks of a block."""
+    writers = ChunkWriters(chunk_bytes=4096)
+    writers.start()
+    yield writers
+    writers.close()
+
+
 class Recorder(Disk):
-    """Notes the length of each write and, if told to, takes only some bytes."""
+    """Notes the length of each write and whether it went past the cache; takes only some bytes if told to."""
 
     def __init__(self, at_most: int = 1 << 30) -> None:
         self.lengths: list[int] = []
+        self.bypassed: list[bool] = []
+        self.bypassing = False
         self.at_most = at_most
 
-    def write(self, fd: int, data: memoryview) -> int:
+    def bypass_cache(self, fd: int, bypass: bool) -> bool:
+        self.bypassing = bypass
+        return True
+
+    def write(self, fd: int, data: memoryview, position: int) -> int:
         self.lengths.append(len(data))
-        return super().write(fd, data[: self.at_most])
+        self.bypassed.append(self.bypassing)
+        return super().write(fd, data[: self.at_most], position)
+
+
+class NoBypass(Recorder):
+    """As some FUSE and overlay file systems: agrees to bypass the cache and refuses to write so."""
+
+    def write(self, fd: int, data: memoryview, position: int) -> int:
+        if self.bypassing:
+            self.refused = True
+            raise OSError(errno.EINVAL, "no")
+        return super().write(fd, data, position)
+
+
+class NeverAgrees(Recorder):
+    """As file systems that do not know of it."""
+
+    def bypass_cache(self, fd: int, bypass: bool) -> bool:
+        return not bypass
+
+
+class Gate(Disk):
+    """Holds each write until it is opened, and says when one is there."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.open = threading.Event()
+
+    def write(self, fd: int, data: memoryview, position: int) -> int:
+        self.reached.set()
+        assert self.open.wait(30)
+        return super().write(fd, data, position)
 
 
 class TestWrite:
@@ -46,7 +100,7 @@ class TestWrite:
         However the bytes are handed over, the file and its digest are the same.
         """
         data = np.arange(1000, dtype=np.uint8).tobytes() + END_RECORD
-        stream = OutputStream(fd, DISK, chunk_bytes=64)
+        stream = OutputStream(fd, DISK, inline(64))
 
         for start in range(0, len(data), step):
             assert stream.write(data[start : start + step]) == len(data[start : start + step])
@@ -65,19 +119,19 @@ class TestWrite:
         """
         Bytes, bytearrays and memoryviews of any item are taken and counted in bytes.
         """
-        assert OutputStream(fd, DISK).write(data) == 4
+        assert OutputStream(fd, DISK, inline()).write(data) == 4
 
     def test_nothing(self, fd):
         """
         An empty write is no error.
         """
-        assert OutputStream(fd, DISK).write(b"") == 0
+        assert OutputStream(fd, DISK, inline()).write(b"") == 0
 
     def test_data_may_change_afterwards(self, fd):
         """
         Nothing of what was handed over is kept by reference.
         """
-        stream = OutputStream(fd, DISK)
+        stream = OutputStream(fd, DISK, inline())
         data = bytearray(b"a" * 100)
         stream.write(data)
         data[:] = b"b" * 100
@@ -92,7 +146,7 @@ class TestWrite:
         Until the end, the disk is given whole chunks only.
         """
         disk = Recorder()
-        stream = OutputStream(fd, disk, chunk_bytes=64)
+        stream = OutputStream(fd, disk, inline(64))
 
         stream.write(bytes(300) + END_RECORD)
         stream.finish(MANIFEST)
@@ -103,7 +157,7 @@ class TestWrite:
         """
         A disk that takes a few bytes at a time gets them all.
         """
-        stream = OutputStream(fd, Recorder(at_most=5), chunk_bytes=64)
+        stream = OutputStream(fd, Recorder(at_most=5), inline(64))
         data = bytes(range(200))
 
         stream.write(data + END_RECORD)
@@ -111,6 +165,119 @@ class TestWrite:
 
         assert content(fd)[:200] == data
         assert len(content(fd)) == final.size
+
+
+class TestThreads:
+    @pytest.mark.parametrize("disk", [DISK, NoBypass(), NeverAgrees()], ids=lambda d: type(d).__name__)
+    def test_same_file(self, fd, disk, threads):
+        """
+        Written by several threads, past the cache or through it, the file is the same.
+        """
+        data = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
+        with OutputStream(fd, disk, threads) as stream:
+            stream.write(data + END_RECORD)
+            final = stream.finish(MANIFEST)
+
+        written = content(fd)
+        assert written[: len(data)] == data
+        zeroed = written.replace(final.digest.encode(), b"0" * 32)
+        assert xxhash.xxh3_128_hexdigest(zeroed) == final.digest
+
+    def test_whole_chunks_bypass_the_cache(self, fd, threads):
+        """
+        Whole chunks are written past the page cache, the rest, which is no block, through it.
+        """
+        disk = Recorder()
+        with OutputStream(fd, disk, threads) as stream:
+            stream.write(bytes(3 * 4096 + 10) + END_RECORD)
+            stream.finish(MANIFEST)
+
+        assert disk.lengths[:4] == [4096, 4096, 4096, 10]
+        assert disk.bypassed == [True, True, True, False, False]
+
+    def test_refused_bypass_is_tried_once(self, fd):
+        """
+        A file system that cannot bypass its cache is asked at the first chunk only.
+        """
+        disk = NoBypass()
+        stream = OutputStream(fd, disk, inline(4096))
+        stream.write(bytes(3 * 4096) + END_RECORD)
+
+        assert disk.refused
+        assert disk.bypassed == [False] * 3
+
+    def test_small_file_uses_the_cache(self, fd):
+        """
+        A file of less than a chunk never bypasses the cache.
+        """
+        disk = Recorder()
+        stream = OutputStream(fd, disk, inline())
+        stream.write(bytes(5000) + END_RECORD)
+        stream.finish(MANIFEST)
+
+        assert set(disk.bypassed) == {False}
+
+    def test_filling_goes_on_while_the_disk_is_slow(self, fd, threads):
+        """
+        Two chunks can wait for the disk while the third is filled.
+        """
+        disk = Gate()
+        with OutputStream(fd, disk, threads) as stream:
+            stream.write(bytes(2 * 4096 + 22 + 100))
+            assert not disk.open.is_set()
+            disk.open.set()
+
+    def test_leaving_waits_for_the_threads(self, fd, threads):
+        """
+        Nothing writes to the descriptor any more once the stream is left, by an error too.
+        """
+        disk = Gate()
+
+        def leave() -> None:
+            with pytest.raises(ZeroDivisionError), OutputStream(fd, disk, threads) as stream:
+                stream.write(bytes(4096 + 22))
+                raise ZeroDivisionError
+
+        leaving = threading.Thread(target=leave)
+        leaving.start()
+        assert disk.reached.wait(30)
+        leaving.join(0.05)
+        assert leaving.is_alive()
+        disk.open.set()
+        leaving.join(30)
+        assert not leaving.is_alive()
+
+    @pytest.mark.parametrize("error", [OSError(errno.EIO, "no"), ZeroDivisionError("no")])
+    def test_error_of_a_thread(self, fd, threads, error):
+        """
+        An error that only a thread met is raised by finish at the latest, whatever its kind.
+        """
+
+        class Broken(Disk):
+            def write(self, fd: int, data: memoryview, position: int) -> int:
+                raise error
+
+        with pytest.raises(type(error), match="no"), OutputStream(fd, Broken(), threads) as stream:
+            stream.write(bytes(4096) + END_RECORD)
+            stream.finish(MANIFEST)
+
+    def test_next_file_after_an_error(self, fd, threads):
+        """
+        The threads and their memory serve the next file, however the last one ended.
+        """
+
+        class Broken(Disk):
+            def write(self, fd: int, data: memoryview, position: int) -> int:
+                raise OSError(errno.EIO, "no")
+
+        for _ in range(5):
+            with pytest.raises(OSError, match="no"), OutputStream(fd, Broken(), threads) as stream:
+                stream.write(bytes(9 * 4096))
+        with OutputStream(fd, DISK, threads) as stream:
+            stream.write(b"a" * (9 * 4096) + END_RECORD)
+            stream.finish(MANIFEST)
+
+        assert content(fd)[: 9 * 4096] == b"a" * (9 * 4096)
 
 
 class TestErrors:
@@ -122,11 +289,11 @@ class TestErrors:
         class Full(Disk):
             calls = 0
 
-            def write(self, fd: int, data: memoryview) -> int:
+            def write(self, fd: int, data: memoryview, position: int) -> int:
                 self.calls += 1
                 raise OSError(errno.ENOSPC if self.calls == 1 else errno.EIO, "no")
 
-        stream = OutputStream(fd, Full(), chunk_bytes=64)
+        stream = OutputStream(fd, Full(), inline(64))
         with pytest.raises(OSError) as first:
             stream.write(bytes(200))
 
@@ -142,7 +309,7 @@ class TestErrors:
         """
         A write of no bytes is an error and no endless loop.
         """
-        stream = OutputStream(fd, Recorder(at_most=0), chunk_bytes=64)
+        stream = OutputStream(fd, Recorder(at_most=0), inline(64))
 
         with pytest.raises(OSError, match="took none"):
             stream.write(bytes(200))
@@ -152,7 +319,7 @@ class TestErrors:
         """
         What does not end as a zip does gets no manifest.
         """
-        stream = OutputStream(fd, DISK, chunk_bytes=64)
+        stream = OutputStream(fd, DISK, inline(64))
         stream.write(data)
 
         with pytest.raises(ValueError, match="no zip file"):
@@ -162,7 +329,7 @@ class TestErrors:
         """
         torch.save takes it for a file.
         """
-        stream = OutputStream(fd, DISK, chunk_bytes=128)
+        stream = OutputStream(fd, DISK, inline(128))
         torch.save({"a": torch.arange(1000)}, stream)
 
         final = stream.finish(MANIFEST)

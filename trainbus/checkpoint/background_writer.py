@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.errors import CheckpointError, CheckpointSkipped, CheckpointWriteError, HandlerClosedError
@@ -41,6 +41,16 @@ class _Job:
     removals: list[tuple[str, str]] = field(default_factory=list)
 
 
+class Helper(Protocol):
+    """Threads that a save needs beside the writer's own."""
+
+    def start(self) -> None:
+        """Start them, unless they run."""
+
+    def close(self) -> None:
+        """Let them end when they have nothing left to do."""
+
+
 class BackgroundWriter:
     """
     One thread, one queue for saves and removals.
@@ -56,6 +66,8 @@ class BackgroundWriter:
         max_pending: Saves that may be unfinished at a time, at least 1.
         on_busy: What `admit` does when there are that many: ``"wait"``; ``"skip"`` the new one;
             ``"replace"`` the newest that has not begun, for which *max_pending* must be 2 or more.
+        helpers: Other threads that the saves need. They are started before the first save is
+            admitted, because none can be while the interpreter exits.
         name: The thread's.
     """
 
@@ -65,6 +77,7 @@ class BackgroundWriter:
         *,
         max_pending: int = 1,
         on_busy: str = "wait",
+        helpers: Sequence[Helper] = (),
         name: str = "trainbus-writer",
     ) -> None:
         if max_pending < 1:
@@ -76,6 +89,7 @@ class BackgroundWriter:
         self._report = report
         self._max_pending = max_pending
         self._on_busy = on_busy
+        self._helpers = helpers
         self._name = name
         self._closed = False
         self._begin_empty()
@@ -180,6 +194,8 @@ class BackgroundWriter:
         self.flush(timeout)
         if thread is not None:
             thread.join(timeout)
+        for helper in self._helpers:
+            helper.close()
 
     def _refuse_if_closed(self, pending: PendingSave) -> None:
         if self._closed:
@@ -193,6 +209,8 @@ class BackgroundWriter:
             return
         if _exiting:
             raise HandlerClosedError("Cannot save while the interpreter exits. Save before that.")
+        for helper in self._helpers:
+            helper.start()
         thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         thread.start()
         self._thread = thread

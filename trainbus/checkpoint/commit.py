@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import BinaryIO, cast
 
+from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.disk import DISK, Disk
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
@@ -22,6 +23,7 @@ def commit(
     serialize: Callable[[BinaryIO], None],
     *,
     disk: Disk = DISK,
+    writers: ChunkWriters | None = None,
 ) -> Manifest:
     """
     Write a file durably, in the place of the one that is there; return when it is safe.
@@ -36,6 +38,7 @@ def commit(
         serialize: Writes a zip with an empty comment into the file object it is given,
             e.g. ``lambda stream: torch.save(state, stream)``. Called once, on this thread.
         disk: What writes.
+        writers: Threads that write while this one serializes; None: this one does both.
 
     Returns:
         The manifest as it stands in the file.
@@ -51,7 +54,7 @@ def commit(
         temporary = _temporary_name(name)
         fd = disk.create(folder, temporary)
         try:
-            final = _write(disk, fd, manifest, serialize)
+            final = _write(disk, fd, manifest, serialize, writers or ChunkWriters(threads=0))
             disk.rename(folder, temporary, name)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -84,16 +87,22 @@ def remove(path: str | os.PathLike[str], *, disk: Disk = DISK) -> None:
         _close_quietly(disk, folder)
 
 
-def _write(disk: Disk, fd: int, manifest: Manifest, serialize: Callable[[BinaryIO], None]) -> Manifest:
+def _write(
+    disk: Disk,
+    fd: int,
+    manifest: Manifest,
+    serialize: Callable[[BinaryIO], None],
+    writers: ChunkWriters,
+) -> Manifest:
     try:
-        stream = OutputStream(fd, disk)
-        try:
-            serialize(cast(BinaryIO, stream))
-        except Exception as error:
-            if stream.error is None:
-                raise
-            raise stream.error from error
-        final = stream.finish(manifest)
+        with OutputStream(fd, disk, writers) as stream:
+            try:
+                serialize(cast(BinaryIO, stream))
+            except Exception as error:
+                if stream.error is None:
+                    raise
+                raise stream.error from error
+            final = stream.finish(manifest)
         disk.fsync(fd)
     except BaseException:
         _close_quietly(disk, fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 
@@ -49,9 +50,24 @@ class Disk:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(name, flags, 0o666, dir_fd=folder)
 
-    def write(self, fd: int, data: memoryview) -> int:
-        """Write some of *data*, releasing the GIL; return how many bytes it was."""
-        return os.write(fd, data)
+    def write(self, fd: int, data: memoryview, position: int) -> int:
+        """Write some of *data* at a byte of the file, releasing the GIL; return how many bytes it was."""
+        return os.pwrite(fd, data, position)
+
+    def bypass_cache(self, fd: int, bypass: bool) -> bool:
+        """
+        Let writes go past the page cache, or not; return whether the file system agreed.
+
+        One that agrees may still refuse the first write, with ``EINVAL``.
+        """
+        if not hasattr(os, "O_DIRECT"):
+            return not bypass
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if bypass else flags & ~os.O_DIRECT)
+        except OSError:
+            return False
+        return True
 
     def fsync(self, fd: int) -> None:
         """Return when the file's bytes have reached the disk. Must not be tried again when it fails."""

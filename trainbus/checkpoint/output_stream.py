@@ -3,41 +3,64 @@
 from __future__ import annotations
 
 import errno
-import mmap
+import threading
+from types import TracebackType
 
 import numpy as np
 import xxhash
 
+from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.disk import Disk
 from trainbus.checkpoint.file_format import END_RECORD_BYTES, Manifest, seal
 
-__all__ = ["CHUNK_BYTES", "OutputStream"]
+__all__ = ["OutputStream"]
 
-CHUNK_BYTES = 8 << 20
+# What file systems answer to a write past the page cache that they cannot do.
+_CANNOT_BYPASS = {errno.EINVAL, errno.ENOTSUP}
 
 
 class OutputStream:
     """
     Collects, hashes and writes what it is given, and puts the manifest at its end.
 
-    Used by one thread. Bytes reach the disk in whole chunks from page-aligned memory at
-    multiples of the chunk's size; the last 22 stay behind until `finish`, because the
-    manifest's length has to go into them.
+    One thread fills it. Whole chunks, at multiples of their size and from page-aligned memory,
+    go to *writers* and past the page cache where the file system can do that: the bytes are
+    needed on the disk, not in memory, and copying them there costs more than half of the time.
+    The last 22 bytes stay behind until `finish`, because the manifest's length has to go into
+    them. Leaving it as a context manager waits until no thread writes to *fd* any more.
 
     Attributes:
-        error: The first `OSError` of the disk, or None. ``torch.save`` turns it into a
+        error: The first error of a write, or None. ``torch.save`` turns an `OSError` into a
             ``RuntimeError`` without a number, so whoever calls it raises this instead.
+
+    Args:
+        fd: An empty file, open for writing.
+        disk: What writes.
+        writers: The threads; they may write several files one after the other.
     """
 
-    def __init__(self, fd: int, disk: Disk, *, chunk_bytes: int = CHUNK_BYTES) -> None:
-        self.error: OSError | None = None
+    def __init__(self, fd: int, disk: Disk, writers: ChunkWriters) -> None:
+        self.error: BaseException | None = None
         self._fd = fd
         self._disk = disk
-        self._chunk_bytes = chunk_bytes
-        self._memory = np.frombuffer(mmap.mmap(-1, chunk_bytes + END_RECORD_BYTES), dtype=np.uint8)
+        self._writers = writers
+        self._memory = writers.take()
         self._used = 0
-        self._written = 0
+        self._handed_on = 0
         self._hasher = xxhash.xxh3_128()
+        self._bypassing = False
+        self._changed = threading.Condition()
+        self._in_flight = 0
+
+    def __enter__(self) -> OutputStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Whoever closes the descriptor before that may see the bytes in another file.
+        self._wait()
+        self._writers.give_back(self._memory)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Take all of *data*, of which nothing is kept by reference. Returns its bytes."""
@@ -46,13 +69,13 @@ class OutputStream:
         source = np.frombuffer(data, dtype=np.uint8)
         taken = 0
         while taken < source.size:
-            count = min(source.size - taken, self._memory.size - self._used)
+            count = min(source.size - taken, self._limit - self._used)
             # NumPy copies without the GIL; a memoryview would hold it.
             self._memory[self._used : self._used + count] = source[taken : taken + count]
             self._used += count
             taken += count
-            if self._used == self._memory.size:
-                self._write_chunk(self._chunk_bytes)
+            if self._used == self._limit:
+                self._hand_on()
         return int(source.size)
 
     def flush(self) -> None:
@@ -69,34 +92,83 @@ class OutputStream:
             OSError: The first that any write had.
             ValueError: What was written is no zip file, or the manifest is too long.
         """
-        if self.error is not None:
-            raise self.error
+        self._wait()
+        self._raise_error()
+        if self._bypassing:
+            # What is left is no whole number of blocks.
+            self._use_cache()
         body = max(0, self._used - END_RECORD_BYTES)
         end_record = self._memory[body : self._used].tobytes()
-        self._write_chunk(body)
-        final, ending = seal(manifest, end_record, self._written, self._hasher)
-        self._write_all(memoryview(ending))
+        self._hasher.update(self._memory[:body].data)
+        self._write_all(self._memory[:body].data, self._handed_on)
+        size = self._handed_on + body
+        final, ending = seal(manifest, end_record, size, self._hasher)
+        self._write_all(memoryview(ending), size)
+        self._raise_error()
         return final
 
-    def _write_chunk(self, count: int) -> None:
-        chunk = self._memory[:count].data
-        self._hasher.update(chunk)
-        self._write_all(chunk)
-        self._written += count
-        rest = self._memory[count : self._used].copy()
-        self._memory[: rest.size] = rest
-        self._used = rest.size
+    @property
+    def _limit(self) -> int:
+        return self._writers.chunk_bytes + END_RECORD_BYTES
 
-    def _write_all(self, data: memoryview) -> None:
+    def _hand_on(self) -> None:
+        """Give the full chunk to the writers and go on in another one, with the bytes held back."""
+        full, count, position = self._memory, self._writers.chunk_bytes, self._handed_on
+        if position == 0:
+            self._bypassing = self._disk.bypass_cache(self._fd, True)
+        chunk = full[:count].data
+        self._hasher.update(chunk)
+        held_back = full[count : self._limit].copy()
+        with self._changed:
+            self._in_flight += 1
+        self._writers.write(full, lambda: self._write_chunk(chunk, position))
+        self._handed_on += count
+        self._memory = self._writers.take()
+        self._memory[: held_back.size] = held_back
+        self._used = held_back.size
+        self._raise_error()
+
+    def _write_chunk(self, chunk: memoryview, position: int) -> None:
+        try:
+            if self.error is None:
+                self._write_all(chunk, position)
+        finally:
+            with self._changed:
+                self._in_flight -= 1
+                self._changed.notify_all()
+
+    def _write_all(self, data: memoryview, position: int) -> None:
         try:
             while data:
-                data = data[self._write_some(data) :]
-        except OSError as error:
-            self.error = error
-            raise
+                count = self._write_some(data, position)
+                data, position = data[count:], position + count
+        except BaseException as error:
+            # Of any kind: what ends up nowhere would leave a hole in the file.
+            with self._changed:
+                self.error = self.error or error
 
-    def _write_some(self, data: memoryview) -> int:
-        count = self._disk.write(self._fd, data)
+    def _write_some(self, data: memoryview, position: int) -> int:
+        bypassing = self._bypassing
+        try:
+            count = self._disk.write(self._fd, data, position)
+        except OSError as error:
+            if not bypassing or error.errno not in _CANNOT_BYPASS:
+                raise
+            # Many file systems agree when asked and refuse when it comes to it.
+            self._use_cache()
+            return 0
         if count <= 0:
             raise OSError(errno.EIO, "the disk took none of the bytes given to it")
         return count
+
+    def _use_cache(self) -> None:
+        self._disk.bypass_cache(self._fd, False)
+        self._bypassing = False
+
+    def _wait(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._in_flight)
+
+    def _raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from trainbus.checkpoint.background_writer import BackgroundWriter
+from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.commit import commit
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
@@ -38,7 +39,10 @@ class Saver:
     """
 
     def __init__(self, report: Callable[..., None], *, max_pending: int = 1, on_busy: str = "wait") -> None:
-        self.writer = BackgroundWriter(report, max_pending=max_pending, on_busy=on_busy)
+        self._chunks = ChunkWriters()
+        self.writer = BackgroundWriter(
+            report, max_pending=max_pending, on_busy=on_busy, helpers=(self._chunks,)
+        )
         self.seconds_lost = 0.0
         self._memory = StagingMemory(max_pending)
 
@@ -84,10 +88,14 @@ class Saver:
         path = os.path.abspath(pending.path)
 
         def write() -> Manifest:
-            return commit(path, manifest, lambda stream: _serialize(snapshot.state, stream))
+            return commit(
+                path, manifest, lambda stream: _serialize(snapshot.state, stream), writers=self._chunks
+            )
 
         self.writer.submit(pending, write, removals=removals, release=snapshot.release)
 
 
 def _serialize(state: Any, stream: BinaryIO) -> None:
+    # Set on this thread, because torch's options belong to one each. Other tools check these sums.
+    torch.serialization.set_crc32_options(True)
     torch.save(state, stream)

@@ -7,15 +7,26 @@ import os
 import threading
 import weakref
 
-__all__ = ["StagingBuffer", "StagingMemory"]
+__all__ = ["StagingBuffer", "StagingMemory", "map_pages"]
+
+
+def map_pages(size: int) -> mmap.mmap:
+    """
+    Return at least *size* bytes of anonymous memory, all zeros.
+
+    Shared, because a private mapping is copied page by page after a fork; and left out
+    of forked children altogether where the system can do that.
+    """
+    pages = max(1, -(-size // mmap.PAGESIZE))
+    mapping = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    if hasattr(mmap, "MADV_DONTFORK"):
+        mapping.madvise(mmap.MADV_DONTFORK)
+    return mapping
 
 
 class StagingBuffer:
     """
-    One anonymous shared mapping, kept and grown as snapshots need it.
-
-    Shared, because a private mapping is copied page by page after a fork; and left out
-    of forked children altogether where the system can do that.
+    One mapping, kept and grown as snapshots need it.
 
     Attributes:
         mapping: The memory, or None before the first use.
@@ -33,11 +44,7 @@ class StagingBuffer:
         # Let go of the old one first, so that both never count at the same time.
         self.views = None
         self.mapping = None
-        pages = max(1, -(-size // mmap.PAGESIZE))
-        mapping = mmap.mmap(-1, pages * mmap.PAGESIZE)
-        if hasattr(mmap, "MADV_DONTFORK"):
-            mapping.madvise(mmap.MADV_DONTFORK)
-        self.mapping = mapping
+        self.mapping = map_pages(size)
 
 
 class StagingMemory:

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from trainbus.checkpoint.chunk_writers import ChunkWriters
+
+WAIT = 30
+
+
+@pytest.fixture(name="writers")
+def _writers():
+    writers = ChunkWriters(threads=2, chunk_bytes=4096)
+    writers.start()
+    yield writers
+    writers.close()
+
+
+class TestMemory:
+    def test_one_chunk_more_than_threads(self, writers):
+        """
+        While each thread writes one, another can be filled; a fourth has to wait for a free one.
+        """
+        chunks = [writers.take() for _ in range(3)]
+        got = threading.Event()
+        waiting = threading.Thread(target=lambda: (writers.take(), got.set()))
+        waiting.start()
+
+        assert not got.wait(0.05)
+        writers.give_back(chunks[0])
+        assert got.wait(WAIT)
+        waiting.join(WAIT)
+
+    def test_chunks_are_reused(self, writers):
+        """
+        No memory is made for a file that comes after another.
+        """
+        first = {writers.take().ctypes.data for _ in range(1)}
+        chunks = [writers.take(), writers.take()]
+        first |= {chunk.ctypes.data for chunk in chunks}
+        for chunk in chunks:
+            writers.give_back(chunk)
+
+        assert {writers.take().ctypes.data, writers.take().ctypes.data} <= first
+
+    def test_aligned(self, writers):
+        """
+        A chunk begins at a page, as writing past the page cache needs.
+        """
+        assert writers.take().ctypes.data % os.sysconf("SC_PAGESIZE") == 0
+
+
+class TestThreads:
+    def test_written_at_the_same_time(self, writers):
+        """
+        Two chunks are written by two threads at once.
+        """
+        together = threading.Barrier(2)
+        done = threading.Semaphore(0)
+        for _ in range(2):
+            writers.write(writers.take(), lambda: (together.wait(WAIT), done.release()))
+
+        assert done.acquire(timeout=WAIT)
+        assert done.acquire(timeout=WAIT)
+
+    def test_without_threads(self):
+        """
+        With no threads, the caller writes.
+        """
+        names = []
+        writers = ChunkWriters(threads=0, chunk_bytes=4096)
+
+        writers.write(writers.take(), lambda: names.append(threading.current_thread()))
+
+        assert names == [threading.current_thread()]
+        writers.take()
+
+    def test_close_finishes_what_was_handed_over(self):
+        """
+        Threads end after their last chunk, and can be started again.
+        """
+        writers = ChunkWriters(threads=1, chunk_bytes=4096)
+        writers.start()
+        (thread,) = writers._threads
+        gate, done = threading.Event(), threading.Event()
+        writers.write(writers.take(), lambda: (gate.wait(WAIT), done.set()))
+
+        writers.close()
+        gate.set()
+        thread.join(WAIT)
+
+        assert done.is_set()
+        assert not thread.is_alive()
+        writers.start()
+        again = threading.Event()
+        writers.write(writers.take(), again.set)
+        assert again.wait(WAIT)
+        writers.close()
+
+    def test_child_begins_anew(self, writers):
+        """
+        A forked child shares neither memory nor threads with its parent.
+        """
+        chunk = writers.take()
+        chunk[:] = 1
+        writers.give_back(chunk)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                writers.start()
+                mine = writers.take()
+                done = threading.Event()
+                writers.write(mine, done.set)
+                code = 0 if done.wait(WAIT) and not mine.any() else 2
+            finally:
+                os._exit(code)
+
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert chunk.all()
