@@ -46,11 +46,21 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.stats": set(),
     "trainbus.checkpoint.snapshot_plan": {"trainbus.errors"},
     "trainbus.checkpoint.staging_memory": {"trainbus.errors"},
-    "trainbus.checkpoint.staging_copy": {
-        "trainbus.errors",
+    "trainbus.checkpoint.collector": set(),
+    "trainbus.checkpoint.nesting": set(),
+    "trainbus.checkpoint.background_copy": {"trainbus.errors"},
+    "trainbus.checkpoint.device_copy": {
         "trainbus.checkpoint.snapshot_plan",
         "trainbus.checkpoint.staging_memory",
     },
+    "trainbus.checkpoint.staging_copy": {
+        "trainbus.checkpoint.background_copy",
+        "trainbus.checkpoint.device_copy",
+        "trainbus.checkpoint.nesting",
+        "trainbus.checkpoint.snapshot_plan",
+        "trainbus.checkpoint.staging_memory",
+    },
+    "trainbus.checkpoint.fence": {"trainbus.checkpoint.background_copy"},
     "trainbus.checkpoint.disk": {"trainbus.errors"},
     "trainbus.checkpoint.file_format": {"trainbus.errors"},
     "trainbus.checkpoint.chunk_writers": {"trainbus.errors", "trainbus.checkpoint.staging_memory"},

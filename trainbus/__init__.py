@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainbus.errors import CheckpointError as CheckpointError
     from trainbus.errors import CheckpointSkipped as CheckpointSkipped
     from trainbus.errors import CheckpointWriteError as CheckpointWriteError
+    from trainbus.errors import SnapshotChangedError as SnapshotChangedError
     from trainbus.errors import TrainbusError as TrainbusError
     from trainbus.errors import UnsavableStateError as UnsavableStateError
     from trainbus.errors import UntrustedPickleError as UntrustedPickleError
@@ -46,6 +47,7 @@ _HOME = {
     "Handler": "handler",
     "Manifest": "checkpoint.file_format",
     "PendingSave": "checkpoint.pending_save",
+    "SnapshotChangedError": "errors",
     "Subscription": "bus",
     "TrainbusError": "errors",
     "UnsavableStateError": "errors",

@@ -18,6 +18,7 @@ __all__ = [
     "HandlerClosedError",
     "MissingExtraError",
     "PayloadError",
+    "SnapshotChangedError",
     "StateMismatchError",
     "SubscriptionError",
     "TrainbusError",
@@ -127,6 +128,24 @@ class CheckpointCorruptError(CheckpointError, ValueError):
         self.path = os.fspath(path)
         self.reason = reason
         super().__init__(f"Checkpoint {self.path!r} is damaged: {reason}. Load an older one instead.")
+
+
+class SnapshotChangedError(TrainbusError, RuntimeError):
+    """
+    What ``snapshot="overlap"`` copies in the background was changed outside of an optimizer's step.
+
+    Attributes:
+        places: Where in the state, written as Python code, e.g. ``state['module']['weight']``.
+    """
+
+    def __init__(self, places: Iterable[str]) -> None:
+        self.places = list(places)
+        named = ", ".join(self.places[:5]) + (f" and {len(self.places) - 5} more" if self.places[5:] else "")
+        super().__init__(
+            f"{named} changed between the save and the next optimizer step, where snapshot='overlap' "
+            "still copies: something else than Optimizer.step() wrote there. Move that to before the save, "
+            "or use snapshot='auto'"
+        )
 
 
 class UntrustedPickleError(CheckpointError, ValueError):

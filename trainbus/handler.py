@@ -7,20 +7,20 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
 from trainbus import ranks
 from trainbus.bus import EventBus
 from trainbus.callback import Callback
+from trainbus.checkpoint import fence
 from trainbus.checkpoint.file_format import Manifest, fit_manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.saver import Saver
 from trainbus.checkpoint.stats import CheckpointStats
-from trainbus.errors import CheckpointCorruptError, UnsavableStateError
-from trainbus.leaving import note_failures, raise_held_back
-from trainbus.loading import read_state, resumable_files
+from trainbus.errors import UnsavableStateError
+from trainbus.leaving import announce_and_leave, note_failures, raise_held_back
+from trainbus.loading import load_newest, read_state
 from trainbus.loop.fit import fit
 from trainbus.loop.generators import Loop
 from trainbus.loop.moments import Moments
@@ -48,24 +48,23 @@ class Handler:
     Args:
         module: A ``torch.nn.Module``, or a dict of them by name. DDP and ``torch.compile``
             wrappers are seen through.
-
         optimizer, scheduler:
             One, or a dict by name. A learning-rate scheduler is stepped by you, or by `fit`.
-
         scaler: A ``torch.amp.GradScaler``.
-
         extra: More to save, by name: anything with ``state_dict`` and ``load_state_dict``.
-
         config: JSON values that go into each file's manifest, e.g. hyper-parameters.
-
         bus: The bus to speak on; a new one by default.
-
         max_pending: Saves that may be unfinished at once, each with a copy of the state in
             host memory.
-
         on_busy: What a save does when that many are unfinished: ``"wait"`` for one to end,
             ``"skip"`` itself, or ``"replace"`` the one that has not begun (``max_pending=2``).
-
+        snapshot: ``"auto"``: when a save returns, the state may change in any way. ``"overlap"``: your
+            promise that weights change in ``Optimizer.step`` alone; what a ``train_batch_end``
+            receiver saves of them is then copied during the next batch, and its step waits for it.
+        device_snapshot: Copy CUDA tensors on their device first and to the host in the background:
+            ``"auto"`` where a tenth of its memory stays free, True, or False.
+        check_snapshots: Compare what is copied in the background with a copy made at once, and name
+            what something else than an optimizer changed; for trying out ``"overlap"``.
         on_write_error: ``"raise"`` a failed save at the next event, or ``"warn"`` only.
     """
 
@@ -81,6 +80,9 @@ class Handler:
         bus: EventBus | None = None,
         max_pending: int = 1,
         on_busy: str = "wait",
+        snapshot: str = "auto",
+        device_snapshot: str | bool = "auto",
+        check_snapshots: bool = False,
         on_write_error: str = "raise",
     ) -> None:
         fit_manifest(Manifest(contents="state", config=config))  # refuses what would not fit into one
@@ -105,12 +107,21 @@ class Handler:
         self._loop = Loop(self, self._moments)
         check_parts(self._parts())
         self.bus = self._take_bus(bus if bus is not None else EventBus())
-        self._saver = Saver(weak_post(self.bus), max_pending=max_pending, on_busy=on_busy)
+        self._saver = Saver(
+            weak_post(self.bus),
+            max_pending=max_pending,
+            on_busy=on_busy,
+            snapshot=snapshot,
+            device_snapshot=device_snapshot,
+            check_snapshots=check_snapshots,
+        )
         self._saves = SaveRequests(self, self._moments, self._saver)
         self._reports = SaveReports(self.bus, raises=on_write_error == "raise")
         self._undo = [
             self.bus.on("train_begin", self._begin, priority=-math.inf).cancel,
-            self.bus.on("train_end", self._log_stats, priority=math.inf).cancel,
+            self.bus.on(
+                "train_end", lambda: self._reports.log_summary(self._saver.lost), priority=math.inf
+            ).cancel,
             *self._reports.undo,
         ]
 
@@ -186,10 +197,9 @@ class Handler:
 
     def emit(self, name: str, /, **payload: Any) -> None:
         """
-        Emit an event with this run as its sender; for loops that do not use the generators.
+        Emit an event from this run; for loops without the generators. The counters follow.
 
-        The counters follow: ``emit("epoch_end", epoch=e)`` completes epoch *e*, and
-        ``emit("train_batch_end")`` counts a batch, so that checkpoints stand at the right place.
+        ``emit("epoch_end", epoch=e)`` completes epoch *e*; ``emit("train_batch_end")`` counts a batch.
         """
         moment = self._moments.by_event.get(name)
         if moment is not None:
@@ -289,10 +299,9 @@ class Handler:
         """
         Copy the state now, have it written in the background.
 
-        Blocks while the state is copied, and before that while ``max_pending`` saves are
-        unfinished. Afterwards the state may change in any way. In a batch in which no optimizer
-        stepped (gradient accumulation) the copy is made at the next one in which one does, at
-        the latest at the end of the epoch.
+        Blocks while the state is copied, and before that while ``max_pending`` saves are unfinished.
+        Afterwards the state may change in any way (but see ``snapshot="overlap"``). In a batch in which no
+        optimizer stepped (gradient accumulation) it is copied once one does, or at the epoch's end.
 
         Args:
             path: Missing folders are made, ``~`` is expanded.
@@ -323,6 +332,19 @@ class Handler:
         if problems:
             raise UnsavableStateError(problems)
 
+    def prepare_saves(self, *, weights_only: bool = False) -> None:
+        """
+        Have the host memory for saves made in the background, so that the first is as fast as the others.
+
+        Call it after the first optimizer step, when the state has its size; `ModelCheckpoint` does.
+        """
+        if self.rank == 0:
+            self._saver.prepare(lambda: self.collect(weights_only))
+
+    def fence(self) -> None:
+        """Return when weights may be changed by hand under ``snapshot="overlap"``. Waits for copies only."""
+        fence.wait()
+
     def flush(self) -> None:
         """Wait until all saves asked for are durable, and deliver their events. Raises a failed one."""
         self._loop.settle()
@@ -330,8 +352,8 @@ class Handler:
         self.bus.drain()
 
     def checkpoint_stats(self) -> CheckpointStats:
-        """Return what this run's saves have cost so far; events not yet delivered are not in it."""
-        return replace(self._reports.stats, seconds_lost=self._saver.seconds_lost)
+        """Return what this run's saves cost so far; events not yet delivered are not in it."""
+        return self._reports.stats_with(self._saver.lost)
 
     # -- loading
 
@@ -343,11 +365,8 @@ class Handler:
 
         Args:
             path: A file of this class, or a module's state dict saved by anything.
-
-            only:
-                Top-level parts to load, out of ``module, optimizer, scheduler, scaler, extra,
+            only: Top-level parts to load, out of ``module, optimizer, scheduler, scaler, extra,
                 callbacks, progress, rng, data``. ``("module",)`` is the warm start.
-
             strict: Refuse what does not fit, in the module's names too.
 
         Returns:
@@ -358,6 +377,7 @@ class Handler:
             StateMismatchError: If file and run have different parts.
         """
         loaded = read_state(path, only)
+        self.fence()
         restore(self._parts(), loaded.state, loaded.wanted, strict)
         if "callbacks" in loaded.wanted:
             states = loaded.state["callbacks"] or {}
@@ -379,16 +399,7 @@ class Handler:
             Its manifest, or None if there is nothing to resume from: a first run goes on
             from the start with the same script.
         """
-        for file in resumable_files(folder):
-            try:
-                manifest = self.load(file.path)
-            except CheckpointCorruptError as error:
-                logger.warning("Passed over while resuming: %s", error)
-                continue
-            place = f"epoch {self.epoch + 1}, global step {self.global_step}"
-            logger.info("resumed from %s: %s", file.path, place)
-            return manifest
-        return None
+        return load_newest(folder, self.load)
 
     # -- leaving
 
@@ -408,7 +419,7 @@ class Handler:
         self.closed = True
         self._saves.skip_postponed("the handler was closed before the next optimizer step")
         try:
-            self._saver.writer.close(timeout)
+            self._saver.close(timeout)
             raise_held_back(self.bus)
         finally:
             self._leave_bus()
@@ -420,7 +431,9 @@ class Handler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._leave_by(error)
+            self._saves.skip_postponed("the loop was left by an exception before the next optimizer step")
+            end_training = [self._moments.end_training] if self._moments.training else []
+            announce_and_leave(error, self, [self.finish_writing, *end_training, self.close])
             return
         try:
             self._loop.settle()
@@ -474,20 +487,6 @@ class Handler:
         self.check()
         for key in self._unclaimed:
             logger.warning("Not used: the checkpoint's state of callback %r, which this run has not.", key)
-
-    def _log_stats(self) -> None:
-        stats = self.checkpoint_stats()
-        if stats.saves + stats.skipped + stats.failed:
-            logger.info("%s", stats.summary())
-
-    def _leave_by(self, error: BaseException) -> None:
-        self._saves.skip_postponed("the loop was left by an exception before the next optimizer step")
-        steps: list[Callable[[], Any]] = [self.finish_writing, self.close]
-        if isinstance(error, (Exception, KeyboardInterrupt)):
-            steps.insert(0, lambda: self.bus.emit("exception", self, error=error))
-        if self._moments.training:
-            steps.insert(-1, self._moments.end_training)
-        note_failures(error, self.bus, *steps)
 
     def _leave_bus(self) -> None:
         for callback in self.callbacks.values():

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trainbus.bus import EventBus
 
-__all__ = ["note_failures", "raise_held_back"]
+__all__ = ["announce_and_leave", "note_failures", "raise_held_back"]
+
+
+def announce_and_leave(error: BaseException, handler: Any, steps: Sequence[Callable[[], Any]]) -> None:
+    """Emit ``exception`` if *error* is one to be told of, then take the *steps*; see `note_failures`."""
+
+    def announce() -> None:
+        handler.bus.emit("exception", handler, error=error)
+
+    told = [announce] if isinstance(error, (Exception, KeyboardInterrupt)) else []
+    note_failures(error, handler.bus, *told, *steps)
 
 
 def note_failures(error: BaseException, bus: EventBus, *steps: Callable[[], Any]) -> None:

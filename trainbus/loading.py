@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,11 @@ from trainbus.checkpoint.background_writer import finish_saves
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
 from trainbus.checkpoint.load import load_file
-from trainbus.errors import StateMismatchError
+from trainbus.errors import CheckpointCorruptError, StateMismatchError
 from trainbus.state.collect import KEYS
 from trainbus.state.plain_types import from_plain
 
-__all__ = ["LoadedState", "read_state", "resumable_files"]
+__all__ = ["LoadedState", "load_newest", "read_state", "resumable_files"]
 
 logger = logging.getLogger("trainbus")
 
@@ -71,6 +71,20 @@ def resumable_files(folder: str | os.PathLike[str]) -> list[CheckpointFile]:
     finish_saves(folder)
     files = [file for file in CheckpointFolder(folder) if file.manifest.contents == "state"]
     return [file for file in reversed(files) if not file.manifest.interrupted]
+
+
+def load_newest(folder: str | os.PathLike[str], load: Callable[[str], Manifest | None]) -> Manifest | None:
+    """Give *load* the files to go on from until one is not damaged; return its manifest, None without one."""
+    for file in resumable_files(folder):
+        try:
+            manifest = load(file.path)
+        except CheckpointCorruptError as error:
+            logger.warning("Passed over while resuming: %s", error)
+            continue
+        place = f"epoch {file.manifest.epoch + 1}, global step {file.manifest.global_step}"
+        logger.info("resumed from %s: %s", file.path, place)
+        return manifest
+    return None
 
 
 def _is_full_state(state: Any, manifest: Manifest | None) -> bool:

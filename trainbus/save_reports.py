@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from trainbus.bus import EventBus
-from trainbus.checkpoint.stats import CheckpointStats
+from trainbus.checkpoint.stats import CheckpointStats, LostTime
 from trainbus.errors import CheckpointError
 
 __all__ = ["SaveReports", "weak_post"]
 
 logger = logging.getLogger("trainbus")
+
+OVERLAP_WORTH = 0.01  # of a run's time spent copying, from which on another way is recommended
 
 
 class SaveReports:
@@ -30,6 +34,7 @@ class SaveReports:
 
     def __init__(self, bus: EventBus, raises: bool) -> None:
         self.stats = CheckpointStats()
+        self._begun = time.monotonic()
         self._raises = raises
         first, last = -math.inf, math.inf
         subscriptions = [
@@ -38,6 +43,31 @@ class SaveReports:
             bus.on("checkpoint_failed", self._on_failed, priority=last),
         ]
         self.undo: list[Callable[[], Any]] = [subscription.cancel for subscription in subscriptions]
+
+    def stats_with(self, lost: LostTime) -> CheckpointStats:
+        """Return the sums together with what the saves cost the training thread."""
+        return replace(
+            self.stats,
+            seconds_lost=lost.total,
+            seconds_waiting=lost.waiting,
+            seconds_copying=lost.copying,
+            seconds_fenced=lost.fenced,
+        )
+
+    def log_summary(self, lost: LostTime) -> None:
+        """Log the sums, and the knob that would have lowered them if it is worth turning."""
+        stats = self.stats_with(lost)
+        if not stats.saves + stats.skipped + stats.failed:
+            return
+        logger.info("%s", stats.summary())
+        training = time.monotonic() - self._begun
+        if lost.overlappable > OVERLAP_WORTH * training:
+            logger.info(
+                "Copying weights at once took %.2f s, %.1f %% of the run. Handler(snapshot='overlap') copies "
+                "them during the next batch, if only Optimizer.step changes them.",
+                lost.overlappable,
+                100 * lost.overlappable / training,
+            )
 
     def _on_saved(self, path: str, size: int, seconds: float) -> None:
         self.stats.saves += 1

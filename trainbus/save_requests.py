@@ -150,6 +150,7 @@ class SaveRequests:
             lambda: to_plain(handler.collect(accepted.weights_only)),
             manifest,
             removals=request.removals,
+            optimizers=self._moments.optimizers_before_step,
         )
 
     def _next_sequence(self, path: str) -> int:

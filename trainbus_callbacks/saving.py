@@ -93,6 +93,7 @@ class ModelCheckpoint(Callback):
         self._name = name
         self._ledger = ScoreLedger(self.mode, initial_value_threshold)
         self._due = False  # a save fell into gradient accumulation and waits for its end
+        self._prepared = False
         self._batches_hold_metric: bool | None = None  # None: no batch was seen yet
         self._looked_for_other_runs = False
         self._said: set[str] = set()
@@ -134,7 +135,13 @@ class ModelCheckpoint(Callback):
         self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
     ) -> None:
         """Save if `save_freq` is a number and its time has come."""
-        if self._every is None or not _decides(handler):
+        if not _decides(handler):
+            return
+        if not self._prepared and not handler.accumulating:
+            # An optimizer has stepped, so the state has its size.
+            self._prepared = True
+            handler.prepare_saves(weights_only=self.save_weights_only)
+        if self._every is None:
             return
         self._batches_hold_metric = self._batches_hold_metric or self.monitor in logs
         self._due = self._due or global_step % self._every == 0

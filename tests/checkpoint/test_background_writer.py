@@ -508,14 +508,14 @@ class TestFlushAndClose:
         """
         Close finishes what is queued, ends the thread, and admits nothing any more.
         """
-        writer = make(max_pending=3)
+        writer = make(max_pending=3, name="this writer")
         saves = [save(writer, name) for name in "abc"]
 
         writer.close(WAIT)
         writer.close(WAIT)
 
         assert all(pending.done() for pending in saves)
-        assert not any(thread.name == "trainbus-writer" for thread in threading.enumerate())
+        assert not any(thread.name == "this writer" for thread in threading.enumerate())
         with pytest.raises(HandlerClosedError, match=r"Cannot save 'd\.pt': the writer is closed"):
             writer.admit(PendingSave("d.pt"))
 

@@ -1,9 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
-from trainbus.checkpoint.snapshot_plan import make_plan
+from trainbus.checkpoint import snapshot_plan
+from trainbus.checkpoint.snapshot_plan import (
+    ALIGNMENT,
+    SMALLEST_WAITING,
+    addresses_of,
+    check_bounds,
+    fingerprint,
+    make_plan,
+)
 
 
 def sizes(*tensors: torch.Tensor) -> list[tuple[int, int]]:
@@ -81,6 +93,37 @@ class TestRanges:
             make_plan([tensor])
         assert tensor.untyped_storage().nbytes() == 0
 
+    @pytest.mark.parametrize(
+        ("tensors", "whole"),
+        [
+            (lambda t: [t], [True]),
+            (lambda t: [t[2:4]], [True]),
+            (lambda t: [t, t.detach()], [True]),
+            (lambda t: [t, t.view(-1)], [True]),
+            (lambda t: [t, t[2:4]], [False]),
+            (lambda t: [t[2:4], t], [False]),
+            (lambda t: [t[:2], t[2:]], [False]),
+            (lambda t: [t, t.t()], [False]),
+            (lambda t: [t.t(), t], [False]),
+            (lambda t: [t.t()], [False]),
+            (lambda t: [t[:, 1]], [False]),
+            (lambda t: [t[:1].expand(3, 4)], [False]),
+            (lambda t: [t.to(torch.complex64).conj()], [False]),
+            (lambda t: [torch._neg_view(t)], [False]),
+            (lambda t: [t.to(torch.uint16)], [False]),
+            (lambda t: [t.to(torch.float8_e4m3fn)], [False]),
+            (lambda t: [t.to(torch.bool)], [True]),
+            (lambda t: [t, t.view(torch.int32)], [True, True]),
+        ],
+    )
+    def test_whole(self, tensors, whole):
+        """
+        A range is whole if each tensor on it is contiguous, plainly stored, and all there is on it.
+        """
+        plan = make_plan(tensors(torch.zeros(4, 4)))
+
+        assert [part.whole for part in plan.ranges] == whole
+
 
 class TestLayouts:
     def test_without_plain_storage(self):
@@ -113,3 +156,246 @@ class TestLayouts:
         assert make_plan(state()) == make_plan(state())
         for change in ({"dtype": torch.float64}, {"tied": False}, {"grad": False}):
             assert make_plan(state()) != make_plan(state(**change))
+
+
+def bytes_of(size: int, fill: int = 0, device: str = "cpu") -> torch.Tensor:
+    return torch.full((size,), fill, dtype=torch.uint8, device=device)
+
+
+class TestSections:
+    @pytest.mark.parametrize(("size", "waits"), [(SMALLEST_WAITING - 1, False), (SMALLEST_WAITING, True)])
+    def test_smallest_that_waits(self, size, waits):
+        """
+        A range waits from that size on.
+        """
+        (section,) = make_plan([bytes_of(size)], {0}).sections
+
+        assert section.waits is waits
+
+    def test_only_what_may(self):
+        """
+        A range that is not named as waiting does not wait, whatever its size.
+        """
+        plan = make_plan([bytes_of(10 * SMALLEST_WAITING), bytes_of(SMALLEST_WAITING)], {1})
+
+        assert [(section.waits, section.size) for section in plan.sections] == [
+            (False, 10 * SMALLEST_WAITING),
+            (True, SMALLEST_WAITING),
+        ]
+        assert [part.tensor for part in plan.ranges] == [0, 1]
+
+    @pytest.mark.parametrize(("waiting", "waits"), [({0, 1}, True), ({0}, False), ({1}, False), ((), False)])
+    def test_all_tensors_of_a_range(self, waiting, waits):
+        """
+        A range waits if every tensor on it may.
+        """
+        base = bytes_of(2 * SMALLEST_WAITING)
+
+        (section,) = make_plan([base, base[10:20]], waiting).sections
+
+        assert section.waits is waits
+
+    def test_size_of_the_range_counts(self):
+        """
+        Small tensors that share a large range wait with it.
+        """
+        base = bytes_of(SMALLEST_WAITING)
+
+        (section,) = make_plan([base[:10], base[-10:]], {0, 1}).sections
+
+        assert section.waits
+
+    def test_without_a_range(self):
+        """
+        Tensors without plain storage or without elements are in no section, named as waiting or not.
+        """
+        plan = make_plan([torch.eye(300).to_sparse(), bytes_of(0), bytes_of(5)], {0, 1})
+
+        assert [(section.waits, section.size) for section in plan.sections] == [(False, 5)]
+
+    def test_side_by_side(self, monkeypatch):
+        """
+        Each section holds the ranges of one device and one time, one after the other in the buffer.
+        """
+        # Meta tensors have storages of their own too: enough of another device for a plan.
+        monkeypatch.setattr(snapshot_plan, "COPIED_DEVICES", frozenset(("cpu", "meta")))
+        large = SMALLEST_WAITING + 1
+        tensors = [bytes_of(size, device=device) for size in (large, 7, large) for device in ("meta", "cpu")]
+
+        plan = make_plan(tensors, {0, 1, 2, 3})
+
+        assert [(str(s.device), s.waits, list(s.ranges)) for s in plan.sections] == [
+            ("cpu", False, [0, 1]),
+            ("cpu", True, [2]),
+            ("meta", False, [3, 4]),
+            ("meta", True, [5]),
+        ]
+        end = 0
+        for section in plan.sections:
+            parts = [plan.ranges[index] for index in section.ranges]
+            assert section.start == parts[0].position >= end
+            assert section.start % ALIGNMENT == 0
+            assert section.start + section.size == parts[-1].position + parts[-1].size
+            assert {str(tensors[part.tensor].device) for part in parts} == {str(section.device)}
+            end = section.start + section.size
+        assert end <= plan.size
+
+    def test_one_for_each_device(self, monkeypatch):
+        """
+        Ranges of two devices are never in one section.
+        """
+        monkeypatch.setattr(snapshot_plan, "COPIED_DEVICES", frozenset(("cpu", "meta")))
+
+        plan = make_plan([bytes_of(5), bytes_of(5, device="meta")])
+
+        assert [(str(s.device), list(s.ranges)) for s in plan.sections] == [("cpu", [0]), ("meta", [1])]
+
+    def test_nothing_to_copy(self):
+        """
+        A plan without ranges has no sections.
+        """
+        assert make_plan([bytes_of(0)]).sections == ()
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+def structures() -> dict[str, list[torch.Tensor]]:
+    """Lists of two tensors, no two of which one plan fits."""
+    base, complex_base = torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.complex64)
+    other = torch.ones(4, 4)
+    return {
+        "two": [base, other],
+        "tied": [base, base.detach()],
+        "tied, other order of sizes": [base[1:], base],
+        "overlapping": [base[:3], base[1:]],
+        "apart": [base[:2], base[2:]],
+        "view of a larger": [torch.zeros(5, 4)[1:], other],
+        "other shape": [base.view(2, 8), other],
+        "fewer rows": [base[:3], other],
+        "other strides": [base.t(), other],
+        "other dtype": [base.view(torch.int32), other],
+        "smaller dtype": [base.half(), other],
+        "seen as two dtypes": [base, base.view(torch.int32)],
+        "grad": [torch.zeros(4, 4, requires_grad=True), other],
+        "parameter": [nn.Parameter(base), other],
+        "frozen parameter": [nn.Parameter(base, requires_grad=False), other],
+        "complex": [complex_base, other],
+        "conj": [complex_base.conj(), other],
+        "neg": [torch._neg_view(base), other],
+        "sparse": [base.to_sparse(), other],
+        "empty": [torch.zeros(0, 3), other],
+        "empty, other shape": [torch.zeros(0, 5), other],
+        "empty, other dtype": [torch.zeros(0, 3).int(), other],
+        "empty, parameter": [nn.Parameter(torch.zeros(0, 3)), other],
+        "empty, grad": [torch.zeros(0, 3, requires_grad=True), other],
+    }
+
+
+def print_of(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    return fingerprint(tensors, addresses_of(tensors))
+
+
+class TestFingerprint:
+    @pytest.mark.parametrize("name", structures())
+    def test_fits(self, name):
+        """
+        Tensors that lie elsewhere and hold other values, in the same structure, have an equal fingerprint.
+        """
+        one, other = structures()[name], structures()[name]
+        if one[0].layout is torch.strided and one[0].numel():
+            other[0].detach().add_(1)
+
+        assert print_of(one) == print_of(other)
+        assert make_plan(one) == make_plan(other)
+
+    @pytest.mark.parametrize("name", structures())
+    def test_does_not_fit(self, name):
+        """
+        Tensors that another plan fits have another fingerprint.
+        """
+        tensors, others = structures()[name], structures()
+        del others[name]
+
+        assert [other for other in others if make_plan(others[other]) == make_plan(tensors)] == []
+        assert [other for other in others if print_of(others[other]) == print_of(tensors)] == []
+
+    @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+    def test_device(self, device):
+        """
+        Tensors on another device have another fingerprint.
+        """
+        assert print_of([torch.zeros(3)]) != print_of([torch.zeros(3, device=device)])
+
+    def test_more_tensors(self):
+        """
+        A list of more tensors has another fingerprint.
+        """
+        tensors = [torch.zeros(3), torch.zeros(3)]
+
+        assert print_of(tensors) != print_of(tensors[:1])
+
+
+class TestAddressesOf:
+    def test_first_element(self):
+        """
+        The address of a tensor is that of its first element, not of its storage.
+        """
+        base = torch.zeros(10)
+
+        assert addresses_of([base, base[3:]]) == [base.data_ptr(), base.data_ptr() + 12]
+
+    def test_without_plain_storage(self):
+        """
+        What does not lie on a plain storage has no address; what has no elements has the address 0.
+        """
+        odd = [torch.eye(3).to_sparse(), torch.zeros(3, device="meta"), torch.ones(3).as_subclass(Wrapped)]
+
+        assert addresses_of([*odd, torch.zeros(0), torch.zeros(9)[4:4]]) == [None, None, None, 0, 0]
+
+
+class TestCheckBounds:
+    @pytest.mark.parametrize(
+        "tensor",
+        [
+            torch.zeros(10),
+            torch.zeros(10)[9:],
+            torch.zeros(10)[10:],
+            torch.zeros(4, 4).t(),
+            torch.zeros(1).expand(1000),
+            torch.eye(3).to_sparse(),
+            torch.zeros(3, device="meta"),
+        ],
+    )
+    def test_inside(self, tensor):
+        """
+        A tensor that its storage has room for is fine, and so is one that has none.
+        """
+        check_bounds(tensor)
+
+    @pytest.mark.parametrize("left", [0, 20, 39])
+    def test_beyond(self, left):
+        """
+        A tensor is refused whose storage was freed or became too small for it, though it looks as before.
+        """
+        tensor = torch.zeros(10)
+        before = fingerprint([tensor], [tensor.data_ptr()])
+        tensor.untyped_storage().resize_(left)
+
+        with pytest.raises(ValueError, match=f"needs 40 bytes of a storage that has {left}"):
+            check_bounds(tensor)
+        if left:
+            assert fingerprint([tensor], [tensor.data_ptr()]) == before
+
+    def test_last_of_a_view(self):
+        """
+        It is the last element that must be inside.
+        """
+        view = torch.zeros(10, 10)[:, 3]
+        view.untyped_storage().resize_(4 * 94)
+        check_bounds(view)
+
+        view.untyped_storage().resize_(4 * 93)
+        with pytest.raises(ValueError, match="needs 376 bytes of a storage that has 372"):
+            check_bounds(view)

@@ -1,16 +1,27 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainbus.checkpoint.staging_copy import take_snapshot
+from trainbus.checkpoint import snapshot_plan, staging_copy
+from trainbus.checkpoint.snapshot_plan import SMALLEST_WAITING
+from trainbus.checkpoint.staging_copy import Snapshot, Stager, take_snapshot
 from trainbus.checkpoint.staging_memory import StagingMemory
+from trainbus.errors import SnapshotChangedError
+
+WAIT = 30
+"""Seconds after which a test that hangs fails."""
+LARGE = SMALLEST_WAITING // 4
+"""Elements of float32 that are just worth waiting for."""
 
 
 def snapshot(state: Any) -> Any:
@@ -426,6 +437,600 @@ class TestReuse:
         taken.release()
 
         assert taken.state is None
+
+
+@pytest.fixture(name="make")
+def _make() -> Iterator[Callable[..., Stager]]:
+    """Make stagers, with one buffer each; their threads are ended at the end."""
+    made: list[Stager] = []
+
+    def make(buffers: int = 1, **options: Any) -> Stager:
+        made.append(Stager(StagingMemory(buffers), **options))
+        return made[-1]
+
+    yield make
+    for stager in made:
+        stager.thread.close()
+
+
+def owning(*tensors: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Return *tensors* as an optimizer's, by address."""
+    return {tensor.data_ptr(): tensor for tensor in tensors}
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Return the values of a tensor of whatever type, bit by bit."""
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return bytes(dense.view(-1).view(torch.uint8).tolist())
+
+
+def watched(snapshot: Snapshot) -> list[int]:
+    """Return the addresses of the tensors on the snapshot that are not copied yet."""
+    return [] if snapshot.copy is None else [one.copy.data_ptr() for one in snapshot.copy._watched]
+
+
+def waits(snapshot: Snapshot, *names: Any) -> list[bool]:
+    """Tell of each of these tensors of the snapshot whether it is yet to be copied."""
+    return [snapshot.state[name].data_ptr() in watched(snapshot) for name in names]
+
+
+def arrive(stager: Stager, snapshot: Snapshot) -> Any:
+    """Have the rest copied and return the state."""
+    stager.begin(snapshot)
+    snapshot.wait()
+    return snapshot.state
+
+
+class TestWhatWaits:
+    def test_owned(self, make):
+        """
+        What an optimizer owns waits; what it does not own is copied at once.
+        """
+        owned, free = torch.full((LARGE,), 1.0), torch.full((LARGE,), 2.0)
+        stager = make()
+
+        taken = stager.take({"owned": owned, "free": free}, owning(owned))
+
+        assert waits(taken, "owned", "free") == [True, False]
+        assert taken.state["free"].equal(free)
+        assert taken.state["owned"].count_nonzero() == 0
+        assert arrive(stager, taken)["owned"].equal(owned)
+
+    def test_everything_else_may_change_before_it_begins(self, make):
+        """
+        Between the request and the copy, only what waits may not change.
+        """
+        state = {"owned": torch.ones(LARGE), "view": torch.ones(LARGE)[5:], "small": torch.ones(3)}
+        state["sparse"] = torch.eye(3).to_sparse()
+        stager = make()
+
+        taken = stager.take(state, owning(state["owned"]))
+        state["view"].fill_(9)
+        state["small"].fill_(9)
+        state["sparse"]._values().fill_(9)
+
+        copy = arrive(stager, taken)
+        assert copy["view"].unique().tolist() == [1]
+        assert copy["small"].tolist() == [1, 1, 1]
+        assert copy["sparse"].to_dense().equal(torch.eye(3))
+        assert copy["owned"].equal(torch.ones(LARGE))
+
+    @pytest.mark.parametrize(("elements", "expected"), [(LARGE - 1, False), (LARGE, True)])
+    def test_small(self, make, elements, expected):
+        """
+        A tensor below the smallest size is copied at once.
+        """
+        tensor = torch.ones(elements)
+
+        taken = make().take({"a": tensor}, owning(tensor))
+
+        assert (taken.copy is not None, taken.waits) == (expected, expected)
+        assert taken.state["a"].equal(tensor) is not expected
+
+    @pytest.mark.parametrize("owners", [None, {}, "another"])
+    def test_nothing_waits(self, make, owners):
+        """
+        A snapshot of which nothing waits is complete, and nobody is needed to complete it.
+        """
+        tensor, another = torch.ones(LARGE), torch.ones(LARGE)
+        stager = make()
+
+        taken = stager.take([tensor], owning(another) if owners == "another" else owners)
+        stager.begin(taken)
+
+        assert taken.copy is None
+        assert not taken.waits
+        assert taken.state[0].equal(tensor)
+        assert not stager.thread.is_alive()
+        taken.wait()
+
+    def test_owned_in_part(self, make):
+        """
+        A tensor does not wait while another on its storage, in the same range, may change.
+        """
+        base = torch.arange(2.0 * LARGE)
+        left, right, alone = base[:LARGE], base[LARGE:], torch.ones(LARGE)
+        stager = make()
+
+        taken = stager.take({"left": left, "right": right, "alone": alone}, owning(left, alone))
+
+        assert waits(taken, "left", "right", "alone") == [False, False, True]
+        base.fill_(-1)
+        assert taken.state["left"].equal(torch.arange(1.0 * LARGE))
+        assert taken.state["right"].equal(torch.arange(1.0 * LARGE, 2.0 * LARGE))
+
+    def test_owned_whole(self, make):
+        """
+        Parts of one storage that all are owned wait together, as in flat buffers of parameters.
+        """
+        base = torch.arange(2.0 * LARGE)
+        left, right = base[:LARGE], base[LARGE:]
+        stager = make()
+
+        taken = stager.take({"left": left, "right": right}, owning(left, right))
+
+        assert waits(taken, "left", "right") == [True, True]
+        copy = arrive(stager, taken)
+        assert copy["left"].equal(left)
+        assert copy["right"].equal(right)
+        assert copy["left"].untyped_storage().data_ptr() == copy["right"].untyped_storage().data_ptr()
+
+    @pytest.mark.parametrize("odd", ["shape", "stride", "dtype", "longer"])
+    def test_another_tensor_at_the_address(self, make, odd):
+        """
+        A tensor that begins where an owned one does, and is not like it, is copied at once.
+        """
+        base = torch.arange(2.0 * LARGE)
+        owner = base[:LARGE].view(-1, 64)
+        tensor = {
+            "shape": owner.view(64, -1),
+            "stride": owner.view(64, -1).t(),
+            "dtype": owner.view(torch.int32),
+            "longer": base.view(-1, 64),
+        }[odd]
+        stager = make()
+
+        taken = stager.take({"a": tensor}, owning(owner))
+        expected = bytes_of(tensor)
+        base.fill_(-1)
+
+        assert taken.copy is None
+        assert bytes_of(taken.state["a"]) == expected
+
+    def test_detached_alias(self, make):
+        """
+        What a state dict gives, a new tensor on a parameter's memory, is known as the parameter.
+        """
+        module = nn.Linear(LARGE // 64, 64)
+        stager = make()
+
+        taken = stager.take(dict(module.state_dict()), owning(*module.parameters()))
+
+        assert waits(taken, "weight", "bias") == [True, False]
+        assert arrive(stager, taken)["weight"].equal(module.weight)
+
+    def test_tied(self, make):
+        """
+        A tensor in two places waits once and stays tied.
+        """
+        tensor = torch.ones(LARGE)
+        stager = make()
+
+        copy = arrive(stager, stager.take([tensor, tensor.detach(), {"a": tensor}], owning(tensor)))
+
+        assert copy[0] is copy[2]["a"]
+        assert copy[0].data_ptr() == copy[1].data_ptr()
+        assert copy[1].equal(tensor)
+
+    def test_thread_begins_with_the_first_that_waits(self, make):
+        """
+        No thread is started before something waits.
+        """
+        tensor = torch.ones(LARGE)
+        stager = make()
+        stager.take([tensor]).release()
+        assert not stager.thread.is_alive()
+
+        arrive(stager, stager.take([tensor], owning(tensor)))
+
+        assert stager.thread.is_alive()
+
+
+class TestRelease:
+    def test_before_the_copy_has_arrived(self, make):
+        """
+        Memory that is being written to is given back when that is over, not before.
+        """
+        tensor = torch.ones(LARGE)
+        stager = make()
+        taken = stager.take([tensor], owning(tensor))
+        released = threading.Event()
+
+        def release() -> None:
+            taken.release()
+            released.set()
+
+        thread = threading.Thread(target=release)
+        thread.start()
+
+        assert not released.wait(0.1)
+        with pytest.raises(RuntimeError, match="all 1 staging buffers hold one"):
+            stager.take([tensor])
+        stager.begin(taken)
+        assert released.wait(WAIT)
+        thread.join(WAIT)
+        stager.take([tensor])
+
+    def test_after_a_failure(self, make):
+        """
+        Memory comes back from a copy that failed.
+        """
+        tensor = torch.ones(LARGE)
+        stager = make()
+        taken = stager.take([tensor], owning(tensor))
+        tensor.add_(1)
+        stager.begin(taken)
+        with pytest.raises(SnapshotChangedError, match=r"state\[0\] changed"):
+            taken.wait()
+
+        taken.release()
+
+        assert stager.take([tensor]).state[0].equal(tensor)
+
+
+class TestTripwire:
+    def test_place(self, make):
+        """
+        A change is told with its place in the state, however the parameter is called elsewhere.
+        """
+        module = nn.Linear(LARGE // 64, 64)
+        stager = make()
+        taken = stager.take({"module": module.state_dict(), "n": [1]}, owning(*module.parameters()))
+        with torch.no_grad():
+            module.weight.mul_(2)
+            module.bias.mul_(2)
+        stager.begin(taken)
+
+        with pytest.raises(SnapshotChangedError) as caught:
+            taken.wait()
+
+        assert caught.value.places == ["state['module']['weight']"]
+
+    def test_checked(self, make):
+        """
+        A checked snapshot notices what leaves no trace on the tensor.
+        """
+        module = nn.Linear(LARGE // 64, 64)
+        stager = make(check=True)
+        taken = stager.take(dict(module.state_dict()), owning(*module.parameters()))
+        module.weight.data.mul_(2)
+        stager.begin(taken)
+
+        with pytest.raises(SnapshotChangedError, match=r"state\['weight'\]"):
+            taken.wait()
+
+    def test_checked_and_unchanged(self, make):
+        """
+        A checked snapshot of what nobody changed is like any other; NaN is no change.
+        """
+        tensor = torch.full((LARGE,), float("nan"))
+        tensor[0] = 1
+        stager = make(check=True)
+
+        taken = stager.take([tensor], owning(tensor))
+
+        assert bytes_of(arrive(stager, taken)[0]) == bytes_of(tensor)
+
+
+def large_tensors() -> dict[str, torch.Tensor]:
+    """Tensors of every kind that has a storage, with enough bytes to wait."""
+    n = 2 * LARGE
+    base = torch.arange(n, dtype=torch.float32)
+    complex_base = torch.randn(n, dtype=torch.complex64)
+    return {
+        "whole": torch.randn(n),
+        "parameter": nn.Parameter(torch.randn(64, n // 64)),
+        "float8": torch.randn(8 * n).to(torch.float8_e4m3fn),
+        "complex32": torch.randn(2 * n).half().view(torch.complex32),
+        "complex128": torch.randn(n, dtype=torch.complex128),
+        "bfloat16": torch.randn(n).bfloat16(),
+        "uint16": torch.arange(n, dtype=torch.int32).to(torch.uint16),
+        "bool": torch.arange(4 * n) % 3 == 0,
+        "transposed": torch.randn(256, n // 256).t(),
+        "strided": torch.randn(2 * n)[::2],
+        "column": torch.randn(n, 3)[:, 1],
+        "expanded": torch.randn(n).expand(3, n),
+        "channels last": torch.randn(8, 16, 16, n // 2048).to(memory_format=torch.channels_last),
+        "view": base[5:],
+        "overlapping": base.as_strided((n // 2 - 1, 4), (2, 1)),
+        "conj": complex_base.conj(),
+        "neg": torch._neg_view(torch.randn(n)),
+        "reshaped conj": complex_base.conj().view(2, -1),
+    }
+
+
+# torch warns of one of its types.
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+class TestKindsThatWait:
+    @pytest.mark.parametrize("name", list(large_tensors()))
+    def test_equal_in_every_respect(self, make, name):
+        """
+        What is copied later has the values, type, strides and flags of its source all the same.
+        """
+        source = large_tensors()[name]
+        expected = bytes_of(source)
+        stager = make()
+
+        taken = stager.take({"a": source}, owning(source))
+        assert taken.waits
+        copy = arrive(stager, taken)["a"]
+        source.untyped_storage().fill_(0x55)
+
+        assert bytes_of(copy) == expected
+        assert (copy.dtype, copy.shape, copy.stride()) == (source.dtype, source.shape, source.stride())
+        assert (copy.is_conj(), copy.is_neg()) == (source.is_conj(), source.is_neg())
+        assert (type(copy), copy.requires_grad) == (type(source), source.requires_grad)
+
+    @pytest.mark.parametrize("name", [*ODD, "empty", "empty view", "meta", "scalar"])
+    def test_never_wait(self, make, name):
+        """
+        Tensors without a plain storage, or without elements, are complete at once even if owned.
+        """
+        extra = {
+            "empty": torch.zeros(0, 3),
+            "empty view": torch.ones(LARGE)[5:5],
+            "meta": torch.zeros(LARGE, device="meta"),
+            "scalar": torch.tensor(2.0),
+        }
+        source = odd_tensors().get(name, extra.get(name))
+        beside = torch.ones(LARGE)
+        owners = owning(beside)
+        if name not in ODD:
+            owners[source.data_ptr()] = source
+        stager = make()
+
+        taken = stager.take({"a": source, "b": beside}, owners)
+        copy = taken.state["a"]
+
+        assert len(watched(taken)) == 1
+        assert copy.is_meta or same(copy.detach(), source.detach())
+        assert arrive(stager, taken)["b"].equal(beside)
+
+    @pytest.mark.parametrize("owned", [("float",), ("float", "int")])
+    def test_one_storage_as_two_types(self, make, owned):
+        """
+        Two types on one storage are copied apart, each when it may be.
+        """
+        base = torch.arange(1.0 * LARGE)
+        state = {"float": base, "int": base.view(torch.int32), "half": base.view(torch.float16)}
+        expected = {name: bytes_of(tensor) for name, tensor in state.items()}
+        stager = make()
+
+        # Only one of them can be found under the address.
+        taken = stager.take(state, owning(*(state[name] for name in owned)))
+
+        assert waits(taken, *state) == [name == owned[-1] for name in state]
+        copy = arrive(stager, taken)
+        assert {name: bytes_of(tensor) for name, tensor in copy.items()} == expected
+        assert reloaded(copy)["int"].equal(state["int"])
+
+    @pytest.mark.parametrize("name", ["float8", "expanded", "transposed", "conj", "column"])
+    def test_written_and_loaded(self, make, name):
+        """
+        What was copied later is written as what it is.
+        """
+        source = large_tensors()[name]
+        stager = make()
+
+        loaded = reloaded(arrive(stager, stager.take({"a": source}, owning(source))))["a"]
+
+        assert bytes_of(loaded) == bytes_of(source)
+        assert loaded.stride() == source.stride()
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the operations that return memory of their own: neither an argument's nor in the given places."""
+
+    def __init__(self, places: list[range]) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._places = places
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not self._is_known(result, args):
+            self.found.append(str(func))
+        return result
+
+    def _is_known(self, tensor: torch.Tensor, args: Any) -> bool:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() == 0:
+            return True
+        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        return storage.data_ptr() in given or any(storage.data_ptr() in place for place in self._places)
+
+
+class TestSteadyState:
+    def state(self, module: nn.Module) -> dict[str, Any]:
+        """Return a state with fresh small tensors, as random states are."""
+        return {
+            "module": module.state_dict(),
+            "rng": torch.get_rng_state(),
+            "odd": {"conj": torch.ones(3, dtype=torch.complex64).conj(), "n": 1},
+        }
+
+    def test_plan_and_views_are_reused(self, make):
+        """
+        While nothing but values and addresses changes, snapshots are made of the same tensors.
+        """
+        module = nn.Sequential(nn.Linear(LARGE // 64, 64), nn.BatchNorm1d(64))
+        stager = make()
+        seen, plans, kept = [], [], []
+        for value in range(4):
+            nn.init.constant_(module[0].weight, float(value))
+            state = self.state(module)
+            kept.append(state)  # so that the next one's small tensors lie elsewhere
+            taken = stager.take(state, owning(*module.parameters()))
+            copy = arrive(stager, taken)
+            assert copy["module"]["0.weight"].equal(module[0].weight)
+            assert copy["rng"].equal(state["rng"])
+            assert bytes_of(copy["odd"]["conj"]) == bytes_of(state["odd"]["conj"])
+            seen.append([*copy["module"].values(), copy["rng"], copy["odd"]["conj"]])
+            plans.append(stager._plan)
+            taken.release()
+
+        for later in seen[1:]:
+            assert all(now is then for now, then in zip(later, seen[0], strict=True))
+        assert all(plan is plans[0] for plan in plans)
+
+    def test_plan_is_reused_for_another_buffer(self, make):
+        """
+        Two buffers take turns, each with tensors of its own, under one plan.
+        """
+        module = nn.Linear(LARGE // 64, 64)
+        stager = make(buffers=2)
+        owners = owning(*module.parameters())
+
+        first = stager.take(self.state(module), owners)
+        arrive(stager, first)
+        with torch.no_grad():
+            module.weight.add_(1)
+        second = stager.take(self.state(module), owners)
+        arrive(stager, second)
+
+        one, other = first.state["module"]["weight"], second.state["module"]["weight"]
+        assert one.data_ptr() != other.data_ptr()
+        assert other.equal(module.weight)
+        assert torch.allclose(one + 1, other)
+        first.release()
+        assert stager.take(self.state(module), owners).state["module"]["weight"] is one
+
+    def test_no_fresh_memory(self, make):
+        """
+        In the steady state a snapshot makes no tensor with memory of its own.
+        """
+        module = nn.Sequential(nn.Linear(LARGE // 64, 64), nn.BatchNorm1d(64))
+        stager = make()
+        owners = owning(*module.parameters())
+        first = stager.take(self.state(module), owners)
+        arrive(stager, first)
+        begin = torch.frombuffer(first.buffer.mapping, dtype=torch.uint8).data_ptr()
+        places = [range(begin, begin + len(first.buffer.mapping))]
+        size = stager._memory.size
+        first.release()
+        state = self.state(module)
+
+        with Allocations(places) as steady:
+            second = stager.take(state, owners)
+        arrive(stager, second)
+
+        assert steady.found == []
+        assert second.buffer.mapping is first.buffer.mapping
+        assert stager._memory.size == size
+        with Allocations(places) as probe:
+            torch.ones(3).clone()
+        assert len(probe.found) == 2
+
+    def test_structure_that_changes(self, make):
+        """
+        Whatever changes between two saves, each copy has what the state has then.
+        """
+        module = nn.Linear(LARGE // 64, 64)
+        weight, base = module.weight, torch.arange(4.0 * LARGE)
+        twin = weight.detach().clone()
+        square, waves = torch.randn(128, 128), torch.randn(LARGE, dtype=torch.complex64)
+        states: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = [
+            ([weight, twin], [weight]),
+            ([weight, twin], [weight, twin]),
+            ([weight, weight.detach()], [weight]),  # tied
+            ([weight, twin], [weight]),  # and not any more
+            ([weight, twin, base], [weight, base]),  # a new one
+            ([weight, twin, base.view(64, -1)], [weight, base]),
+            ([weight, twin, base.view(64, -1)], [weight, base.view(64, -1)]),
+            ([weight, twin, base.view(64, -1).t()], [weight, base]),
+            ([weight, twin, base.double()], [weight]),
+            ([weight, base[: 2 * LARGE], base[LARGE:]], [weight, base]),  # on one storage
+            ([weight, base[: 2 * LARGE].clone(), base[LARGE:].clone()], [weight]),
+            ([weight.detach().half(), base[:5]], []),
+            ([base[:5], weight], [weight]),
+            ([square, waves], [waves]),
+            ([square.t(), waves], [waves]),  # only a stride
+            ([square.t(), waves.conj()], [waves]),  # only a flag
+            ([square, torch._neg_view(twin)], [square]),
+            ([square, twin], [square]),
+            ([square, nn.Parameter(twin)], [square]),
+            ([square, nn.Parameter(twin, requires_grad=False)], [square]),
+            ([], []),
+            ([weight, twin], [weight]),
+        ]
+        stager = make()
+        for number, (state, owned) in enumerate(states):
+            with torch.no_grad():
+                for tensor in state:
+                    tensor.view_as(tensor).add_(1)
+            expected = [bytes_of(tensor) for tensor in state]
+            taken = stager.take(state, owning(*owned))
+            copy = arrive(stager, taken)
+            assert [bytes_of(tensor) for tensor in copy] == expected, number
+            for mine, source in zip(copy, state, strict=True):
+                assert (mine.dtype, mine.shape) == (source.dtype, source.shape), number
+                assert mine.stride() == source.stride(), number
+                assert (type(mine), mine.requires_grad) == (type(source), source.requires_grad), number
+            at = [tensor.data_ptr() for tensor in state]
+            assert (len(set(at)) == len(at)) == (len({t.data_ptr() for t in copy}) == len(copy)), number
+            taken.release()
+
+    @pytest.mark.parametrize("owned", [True, False])
+    def test_freed_between_saves(self, make, owned):
+        """
+        A tensor whose memory was freed is refused, also where a plan is at hand, and the next is taken.
+        """
+        tensor, other = torch.ones(LARGE), torch.ones(LARGE)
+        stager = make()
+        owners = owning(tensor) if owned else None
+        taken = stager.take([tensor], owners)
+        arrive(stager, taken)
+        taken.release()
+        tensor.untyped_storage().resize_(4)
+
+        with pytest.raises(ValueError, match="Its memory was freed"):
+            stager.take([tensor], owners)
+
+        assert stager.take([other]).state[0].equal(other)
+
+
+class TestDevicesOfOtherKinds:
+    @pytest.fixture(autouse=True)
+    def _without_cpu(self, monkeypatch):
+        """Let the CPU be a device of which nothing is known."""
+        for module in (snapshot_plan, staging_copy):
+            monkeypatch.setattr(module, "COPIED_DEVICES", frozenset(("cuda",)))
+
+    @pytest.mark.parametrize("owned", [True, False])
+    def test_copied_one_by_one(self, make, caplog, owned):
+        """
+        Tensors there are copied right and at once, and that it takes longer is said once.
+        """
+        stager = make()
+        tied = nn.Parameter(torch.ones(LARGE))
+        state = {"a": tied, "b": [tied], "c": torch.arange(5), "d": torch.zeros(3, device="meta")}
+        for value in range(3):
+            with torch.no_grad():
+                tied.fill_(value)
+            taken = stager.take(state, owning(tied) if owned else None)
+            with torch.no_grad():
+                tied.fill_(-1)
+            stager.begin(taken)
+            assert taken.copy is None
+            assert taken.state["a"] is taken.state["b"][0]
+            assert taken.state["a"].unique().tolist() == [value]
+            assert type(taken.state["a"]) is nn.Parameter
+            assert taken.state["c"].tolist() == [0, 1, 2, 3, 4]
+            taken.release()
+
+        stager.take({"other": torch.ones(7)}).release()
+        records = [record.getMessage() for record in caplog.records]
+        assert records == ["Tensors on 'cpu' are copied one by one: saves take longer there."]
 
 
 class TestSurroundings:

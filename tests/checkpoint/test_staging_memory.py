@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from trainbus.checkpoint.staging_copy import take_snapshot
-from trainbus.checkpoint.staging_memory import StagingMemory
+from trainbus.checkpoint.staging_memory import StagingBuffer, StagingMemory
 
 
 class TestStagingMemory:
@@ -33,13 +34,13 @@ class TestStagingMemory:
         """
         memory = StagingMemory()
         buffer = memory.acquire(100)
-        buffer.views = "old"
+        buffer.views = buffer.pins = "old"
         memory.release(buffer)
 
         buffer = memory.acquire(50_000)
 
         assert len(buffer.mapping) >= 50_000
-        assert buffer.views is None
+        assert buffer.views is buffer.pins is None
         assert memory.size == len(buffer.mapping)
 
     def test_all_taken(self):
@@ -107,6 +108,101 @@ class TestStagingMemory:
             thread.join(30)
 
         assert shared == []
+
+
+class StopsAfter(threading.Event):
+    """Is set after it was looked at *looks* times."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def is_set(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def resident(mapping: mmap.mmap) -> int:
+    """Return how many bytes of *mapping* the system has given memory to."""
+    start = f"{torch.frombuffer(mapping, dtype=torch.uint8).data_ptr():x}-"
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    assert any(line.startswith(start) for line in lines)
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Rss:"))
+
+
+class TestTouch:
+    SIZE = 12 << 20
+
+    def test_all_of_it(self):
+        """
+        A mapping has none of its memory until it is touched, and then all of it.
+        """
+        buffer = StagingMemory().acquire(self.SIZE)
+        assert resident(buffer.mapping) == 0
+
+        buffer.touch(threading.Event())
+
+        assert resident(buffer.mapping) == self.SIZE
+
+    def test_stopped_at_once(self):
+        """
+        Nothing is touched when that was stopped before it began.
+        """
+        buffer = StagingMemory().acquire(self.SIZE)
+        stop = threading.Event()
+        stop.set()
+
+        buffer.touch(stop)
+
+        assert resident(buffer.mapping) == 0
+
+    def test_stopped_on_the_way(self):
+        """
+        Touching ends when it is told to, and the next time it is done to the end.
+        """
+        buffer = StagingMemory().acquire(self.SIZE)
+
+        buffer.touch(StopsAfter(1))
+        assert 0 < resident(buffer.mapping) < self.SIZE
+        buffer.touch(threading.Event())
+
+        assert resident(buffer.mapping) == self.SIZE
+
+    def test_once(self):
+        """
+        What was touched already is left as it is, with the bytes that were written since.
+        """
+        buffer = StagingMemory().acquire(self.SIZE)
+        buffer.touch(threading.Event())
+        buffer.mapping[:5] = b"bytes"
+
+        buffer.touch(threading.Event())
+
+        assert buffer.mapping[:5] == b"bytes"
+
+    def test_grown(self):
+        """
+        A mapping that replaced a smaller one is touched anew.
+        """
+        memory = StagingMemory()
+        buffer = memory.acquire(self.SIZE)
+        buffer.touch(threading.Event())
+        memory.release(buffer)
+
+        buffer = memory.acquire(2 * self.SIZE)
+        buffer.touch(threading.Event())
+
+        assert resident(buffer.mapping) == 2 * self.SIZE
+
+    def test_no_mapping(self):
+        """
+        A buffer that was never used has nothing to touch.
+        """
+        buffer = StagingBuffer()
+
+        buffer.touch(threading.Event())
+
+        assert buffer.mapping is None
 
 
 def mapped() -> str:

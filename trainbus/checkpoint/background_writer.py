@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["BackgroundWriter", "finish_saves"]
 
 _log = logging.getLogger("trainbus")
+NICENESS = 10
 _POLICIES = ("wait", "skip", "replace")
 
 
@@ -229,6 +230,7 @@ class BackgroundWriter:
                 return
 
     def _run(self) -> None:
+        give_way()
         try:
             while (job := self._next_job()) is not None:
                 self._carry_out(job)
@@ -343,6 +345,13 @@ def finish_saves(path: str | os.PathLike[str]) -> None:
         saved = [os.path.abspath(save.path) for save in writer.unfinished if save.path is not None]
         if any(target in (file, os.path.dirname(file)) for file in saved):
             writer.flush()
+
+
+def give_way() -> None:
+    """Let the calling thread have what time the training leaves, while it uses every core."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _absolute(paths: Sequence[str]) -> list[tuple[str, str]]:

@@ -5,23 +5,33 @@ The road that every save of trainbus takes, with or without a handler.
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO
 
 import torch
+from torch.profiler import record_function
 
+from trainbus.checkpoint import collector, fence
+from trainbus.checkpoint.background_copy import BackgroundCopy
 from trainbus.checkpoint.background_writer import BackgroundWriter
 from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.commit import commit
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
-from trainbus.checkpoint.staging_copy import take_snapshot
+from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
+from trainbus.checkpoint.stats import LostTime
 from trainbus.errors import CheckpointWriteError
 
 __all__ = ["Saver"]
+
+_log = logging.getLogger("trainbus")
+WORTH_A_WORD = 0.1  # seconds
 
 
 class Saver:
@@ -29,22 +39,49 @@ class Saver:
     Copies states on the calling thread and has them written on the background one.
 
     Attributes:
-        writer: The background writer; flush and close it there.
-        seconds_lost: Time that callers spent in `save`, summed.
+        writer: The background writer; flush it there.
+        lost: What the saves cost the threads that asked for them.
 
     Args:
         report: Called on the writer thread with an event's name and fields.
         max_pending: Saves that may be unfinished at once; each has host memory of its own.
         on_busy: What a save does when there are that many: ``"wait"``, ``"skip"`` or ``"replace"``.
+        snapshot: ``"auto"``: copy everything before `save` returns, or aside on its device.
+            ``"overlap"``: copy what only optimizers change while the next step is prepared.
+        device_snapshot: Whether to copy aside: ``"auto"`` where there is room, True, False.
+        check_snapshots: Compare each background copy with the values of the request.
     """
 
-    def __init__(self, report: Callable[..., None], *, max_pending: int = 1, on_busy: str = "wait") -> None:
+    def __init__(
+        self,
+        report: Callable[..., None],
+        *,
+        max_pending: int = 1,
+        on_busy: str = "wait",
+        snapshot: str = "auto",
+        device_snapshot: str | bool = "auto",
+        check_snapshots: bool = False,
+    ) -> None:
+        if snapshot not in ("auto", "overlap"):
+            raise ValueError(f"snapshot must be 'auto' or 'overlap', got {snapshot!r}.")
+        self._memory = StagingMemory(max_pending)
+        self._stager = Stager(self._memory, device_snapshot=device_snapshot, check=check_snapshots)
         self._chunks = ChunkWriters()
         self.writer = BackgroundWriter(
-            report, max_pending=max_pending, on_busy=on_busy, helpers=(self._chunks,)
+            report, max_pending=max_pending, on_busy=on_busy, helpers=(self._stager.thread, self._chunks)
         )
-        self.seconds_lost = 0.0
-        self._memory = StagingMemory(max_pending)
+        self.lost = LostTime()
+        self._overlaps = snapshot == "overlap"
+        self._lower_fence = fence.raise_fence() if self._overlaps else None
+        self._last_copy: BackgroundCopy | None = None
+        self._said_that_it_waited = False
+        self._forget_touching()
+        _ALL.add(self)
+
+    def _forget_touching(self) -> None:
+        self._stop_touching = threading.Event()
+        self._touched = threading.Event()
+        self._touched.set()
 
     def save(
         self,
@@ -53,49 +90,131 @@ class Saver:
         manifest: Manifest,
         *,
         removals: Sequence[str] = (),
+        optimizers: Iterable[Any] = (),
     ) -> None:
         """
-        Queue the save that *pending* stands for. When this returns, the state may change in any way.
+        Queue the save that *pending* stands for.
 
-        Blocks while the writer is full (see ``on_busy``) and while the state is copied.
+        When this returns, the state may change in any way; with *optimizers* and
+        ``snapshot="overlap"``, what they own in their steps only. Blocks while the writer is full
+        (see ``on_busy``) and while what cannot wait is copied.
 
         Args:
             pending: Learns what becomes of the save; also of a failure in here.
             collect: Called on this thread, once there is room, for the state, as `to_plain` makes it.
             manifest: Everything the file will say of itself but size and digest.
             removals: Files to remove once this one is durable.
+            optimizers: Those whose next step nothing but forward and backward passes comes before.
         """
+        assert pending.path is not None
+        with record_function("trainbus: wait for room"):
+            if not self._admit(pending):
+                return
         begun = time.perf_counter()
         try:
-            self._save(pending, collect, manifest, removals)
-        finally:
-            self.seconds_lost += time.perf_counter() - begun
-
-    def _save(
-        self, pending: PendingSave, collect: Callable[[], Any], manifest: Manifest, removals: Sequence[str]
-    ) -> None:
-        assert pending.path is not None
-        if not self.writer.admit(pending):
-            return
-        try:
-            snapshot = take_snapshot(collect(), self._memory)
+            with record_function("trainbus: snapshot"), collector.paused():
+                snapshot = self._take(collect(), tuple(optimizers))
         except Exception as error:
             failure = CheckpointWriteError(pending.path, pending.global_step, error)
             failure.__cause__ = error
             self.writer.fail(pending, failure)
             return
+        finally:
+            seconds = time.perf_counter() - begun
+            self.lost.copying += seconds
+            if not self._overlaps and fence.knows(optimizers):
+                self.lost.overlappable += seconds
         # Taken now: the script may change its working directory before the writer gets here.
         path = os.path.abspath(pending.path)
 
         def write() -> Manifest:
+            snapshot.wait()
             return commit(
                 path, manifest, lambda stream: _serialize(snapshot.state, stream), writers=self._chunks
             )
 
         self.writer.submit(pending, write, removals=removals, release=snapshot.release)
 
+    def prepare(self, collect: Callable[[], Any]) -> None:
+        """
+        Have the host memory for a snapshot of such a state made in the background. Blocks for its plan.
+
+        Without it the first save does that, which takes it several times as long as the others.
+        """
+        buffer = self._stager.warm_up(collect())
+        if buffer is None:
+            return
+        self._stop_touching.clear()
+        self._touched.clear()
+
+        def touch() -> None:
+            try:
+                buffer.touch(self._stop_touching)
+            finally:
+                self._memory.release(buffer)
+                self._touched.set()
+
+        self._stager.thread.start()
+        self._stager.thread.call(touch)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Finish what was asked for and take no more; see `BackgroundWriter.close`."""
+        try:
+            self.writer.close(timeout)
+        finally:
+            if self._lower_fence is not None:
+                self._lower_fence()
+
+    def _admit(self, pending: PendingSave) -> bool:
+        begun = time.perf_counter()
+        self._stop_touching.set()
+        self._touched.wait()
+        try:
+            return self.writer.admit(pending)
+        finally:
+            seconds = time.perf_counter() - begun
+            self.lost.waiting += seconds
+            if seconds >= WORTH_A_WORD and not self._said_that_it_waited:
+                self._said_that_it_waited = True
+                _log.warning(
+                    "A save waited %.2f s for the one before it to be written, and training with it. Save "
+                    "less often, let saves wait in memory (max_pending=2) or skip some (on_busy='skip').",
+                    seconds,
+                )
+
+    def _take(self, state: Any, optimizers: Sequence[Any]) -> Snapshot:
+        owned = fence.owned_tensors(optimizers) if optimizers and self._may_overlap() else None
+        snapshot = self._stager.take(state, owned)
+        if snapshot.copy is not None:
+            self._last_copy = snapshot.copy
+            if snapshot.waits:
+                fence.hold(snapshot.copy, self._charge)
+        self._stager.begin(snapshot)
+        return snapshot
+
+    def _may_overlap(self) -> bool:
+        if self._overlaps and self._last_copy is not None and self._last_copy.was_changed:
+            self._overlaps = False
+            _log.warning("Saves copy everything at once from now on: snapshot='overlap' is not safe here.")
+        return self._overlaps and not fence.is_stepping()
+
+    def _charge(self, seconds: float) -> None:
+        self.lost.fenced += seconds
+
 
 def _serialize(state: Any, stream: BinaryIO) -> None:
     # Set on this thread, because torch's options belong to one each. Other tools check these sums.
     torch.serialization.set_crc32_options(True)
-    torch.save(state, stream)
+    with collector.paused():
+        torch.save(state, stream)
+
+
+_ALL: weakref.WeakSet[Saver] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for saver in list(_ALL):
+        saver._forget_touching()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from trainbus.checkpoint.snapshot_plan import ByteRange, Layout, SnapshotPlan, make_plan
+from trainbus.checkpoint.background_copy import BackgroundCopy, CopyThread, HostMove, Move, Watched
+from trainbus.checkpoint.device_copy import DeviceStaging, pin
+from trainbus.checkpoint.nesting import path_to, tensors_in, with_tensors
+from trainbus.checkpoint.snapshot_plan import (
+    ALIGNMENT,
+    COPIED_DEVICES,
+    ByteRange,
+    Layout,
+    Section,
+    SnapshotPlan,
+    addresses_of,
+    check_bounds,
+    fingerprint,
+    make_plan,
+)
 from trainbus.checkpoint.staging_memory import StagingBuffer, StagingMemory
 
-__all__ = ["Snapshot", "take_snapshot"]
+__all__ = ["Snapshot", "Stager", "take_snapshot"]
 
-_MAPPINGS = (dict, OrderedDict, Counter)
-_SEQUENCES = (list, tuple, set)
+_log = logging.getLogger("trainbus")
 
 
 class Snapshot:
@@ -23,115 +36,306 @@ class Snapshot:
     A copy of a state that stays as it is until it is released.
 
     Attributes:
-        state: The same nesting; its tensors lie in the staging memory. None once released.
+        state: The same nesting; its tensors lie in the staging memory, and are complete after
+            `wait`. None once released.
+        copy: What is still to be copied; None if nothing is.
+        waits: Whether tensors that *copy* reads must not change until they are copied.
+        buffer: The memory.
     """
 
-    def __init__(self, state: Any, memory: StagingMemory, buffer: StagingBuffer) -> None:
+    def __init__(
+        self,
+        state: Any,
+        memory: StagingMemory,
+        buffer: StagingBuffer,
+        copy: BackgroundCopy | None = None,
+        *,
+        waits: bool = False,
+    ) -> None:
         self.state = state
+        self.copy = copy
+        self.waits = waits
         self._memory = memory
-        self._buffer = buffer
+        self.buffer = buffer
+
+    def wait(self) -> None:
+        """
+        Block until the copy is complete.
+
+        Raises:
+            SnapshotChangedError: A tensor was changed before it was copied.
+            Exception: Whatever kept the background from copying.
+        """
+        if self.copy is not None:
+            self.copy.wait()
 
     def release(self) -> None:
         """
         Give the memory back for the next snapshot. Any thread may call it, also twice.
 
-        Tensors taken out of `state` must not be used any more: their values will change.
+        Blocks while the memory is being written to. Tensors taken out of `state` must not be
+        used any more: their values will change.
         """
+        if self.copy is not None:
+            self.copy.wait_until_arrived()
         self.state = None
-        self._memory.release(self._buffer)
+        self._memory.release(self.buffer)
+
+
+class Stager:
+    """
+    Takes snapshots, one after the other, of states that mostly have the same structure.
+
+    Args:
+        memory: Where buffers are taken from; `Snapshot.release` gives them back.
+        device_snapshot: Whether CUDA tensors are copied on their device first: ``"auto"``, True, False.
+        check: Compare each background copy with the values of the request.
+
+    Attributes:
+        thread: Copies what is left of a snapshot when `take` returns.
+    """
+
+    def __init__(
+        self, memory: StagingMemory, *, device_snapshot: str | bool = "auto", check: bool = False
+    ) -> None:
+        self.thread = CopyThread()
+        self._memory = memory
+        self._devices = DeviceStaging(device_snapshot)
+        self._check = check
+        self._seen: tuple[list[Any], set[int]] | None = None
+        self._plan: SnapshotPlan | None = None
+        self._addresses: list[int | None] = []
+        self._odd_devices: set[str] = set()
+
+    def take(self, state: Any, owners: Mapping[int, torch.Tensor] | None = None) -> Snapshot:
+        """
+        Copy *state*; what is left to be copied when this returns is `Snapshot.copy`, not yet begun.
+
+        Blocks for what is copied at once. Tied tensors stay tied and overlapping views overlap.
+        Parameter class, ``requires_grad``, strides, conj and neg bits survive; a tensor's Python
+        attributes, hooks and ``grad`` do not.
+
+        Args:
+            state: Tensors on any device, in dict, OrderedDict, Counter, list, tuple and set.
+                What else it holds is shared with the copy, so it must not change any more.
+            owners: By address, the tensors that nothing but an optimizer's step changes. They
+                may be copied later. Everything else may change in any way once this returns.
+
+        Raises:
+            TypeError: Another kind of container, whose tensors would go unnoticed.
+            RuntimeError: Every buffer of the memory holds a snapshot that is not released.
+        """
+        tensors = tensors_in(state)
+        # Inference tensors could neither require grad nor be reused outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            addresses = addresses_of(tensors)
+            waiting = _find_waiting(tensors, addresses, owners) if owners else {}
+            plan = self._plan_for(tensors, addresses, set(waiting))
+            buffer = self._memory.acquire(plan.size)
+            try:
+                return self._take_into(buffer, plan, state, tensors, waiting)
+            except BaseException:
+                self._memory.release(buffer)
+                raise
+
+    def begin(self, snapshot: Snapshot) -> None:
+        """Have the thread copy what is left of *snapshot*, and lock memory that devices copy into."""
+        buffer = snapshot.buffer
+        lock = self._copies_from_devices and buffer.pins is None
+        if snapshot.copy is not None or lock:
+            self.thread.start()
+        if snapshot.copy is not None:
+            self.thread.carry_out(snapshot.copy)
+        if lock:
+            # Behind the copy, which must not wait for it.
+            self.thread.call(lambda: pin(buffer))
+
+    @property
+    def _copies_from_devices(self) -> bool:
+        return self._plan is not None and any(part.device.type == "cuda" for part in self._plan.sections)
+
+    def warm_up(self, state: Any) -> StagingBuffer | None:
+        """
+        Take a buffer fit for *state*, for `StagingBuffer.touch` to be called on the thread; None if taken.
+
+        Give it back with the memory's ``release``.
+        """
+        tensors = tensors_in(state)
+        with torch.inference_mode(False), torch.no_grad():
+            plan = self._plan_for(tensors, addresses_of(tensors), set())
+        try:
+            return self._memory.acquire(plan.size)
+        except RuntimeError:
+            return None
+
+    def _plan_for(
+        self, tensors: Sequence[torch.Tensor], addresses: list[int | None], waiting: set[int]
+    ) -> SnapshotPlan:
+        prints = fingerprint(tensors, addresses)
+        if self._plan is None or self._seen != (prints, waiting):
+            self._plan = make_plan(tensors, waiting)
+            self._seen = prints, waiting
+            self._warn_of_odd_devices(tensors)
+        else:
+            for tensor, address, before in zip(tensors, addresses, self._addresses, strict=True):
+                if address != before:
+                    check_bounds(tensor)
+        self._addresses = addresses
+        return self._plan
+
+    def _take_into(
+        self,
+        buffer: StagingBuffer,
+        plan: SnapshotPlan,
+        state: Any,
+        tensors: Sequence[torch.Tensor],
+        waiting: Mapping[int, torch.Tensor],
+    ) -> Snapshot:
+        views = _views(buffer, plan)
+        moves, late_ranges = self._move(plan, tensors, views)
+        copies = {
+            id(tensor): _copy_parts(tensor) if view is None else view
+            for tensor, view in zip(tensors, views.tensors, strict=True)
+        }
+        copied = with_tensors(state, copies)
+        if not moves:
+            return Snapshot(copied, self._memory, buffer)
+        late = [index for index in waiting if _range_of(plan, index) in late_ranges]
+        watched = [Watched(waiting[i], copies[id(tensors[i])], checked=self._check) for i in late]
+        copy = BackgroundCopy(
+            moves, watched, lambda tensor: path_to(copied, tensor), checked=self._check and bool(watched)
+        )
+        return Snapshot(copied, self._memory, buffer, copy, waits=bool(watched))
+
+    def _move(
+        self, plan: SnapshotPlan, tensors: Sequence[torch.Tensor], views: _Views
+    ) -> tuple[list[Move], set[int | None]]:
+        """Copy what must be copied at once; return the moves that are left and the ranges not yet read."""
+        later: list[Move] = []
+        unread: set[int | None] = set()
+        positions, sizes = _places_aside(plan)
+        # Devices first: they copy while this thread goes on to the next section.
+        for section in sorted(plan.sections, key=lambda section: section.device.type == "cpu"):
+            device, sources = section.device, _sources(plan, section, tensors)
+            targets = [views.targets[index] for index in section.ranges]
+            if device.type == "cuda" and self._devices.has_room(device, sizes[device]):
+                place = views.sections[section], positions[section]
+                later.append(self._devices.put_aside(plan, section, sources, *place))
+            elif section.waits:
+                unread.update(section.ranges)
+                later.append(
+                    self._devices.fetch_later(device, sources, targets)
+                    if device.type == "cuda"
+                    else HostMove(targets, sources)
+                )
+            elif device.type == "cuda":
+                self._devices.fetch_now(device, sources, targets)
+            else:
+                HostMove(targets, sources).begin()
+        return later, unread
+
+    def _warn_of_odd_devices(self, tensors: Sequence[torch.Tensor]) -> None:
+        odd = {tensor.device.type for tensor in tensors} - COPIED_DEVICES - self._odd_devices - {"meta"}
+        self._odd_devices |= odd
+        for kind in sorted(odd):
+            _log.warning("Tensors on %r are copied one by one: saves take longer there.", kind)
 
 
 def take_snapshot(state: Any, memory: StagingMemory) -> Snapshot:
-    """
-    Copy all tensors of *state*; when this returns, they may change in any way.
-
-    Blocks for the copy, and on CUDA until it and what was queued before it on the current
-    stream have finished. Tied tensors stay tied and overlapping views overlap. Parameter
-    class, ``requires_grad``, strides, conj and neg bits survive; a tensor's Python
-    attributes, hooks and ``grad`` do not.
-
-    Args:
-        state: Tensors on any device, in dict, OrderedDict, Counter, list, tuple and set.
-            What else it holds is shared with the copy, so it must not change any more.
-        memory: Where a buffer is taken from; `Snapshot.release` gives it back.
-
-    Raises:
-        TypeError: Another kind of container, whose tensors would go unnoticed.
-        RuntimeError: Every buffer of *memory* holds a snapshot that is not released.
-    """
-    tensors = list({id(tensor): tensor for tensor in _tensors(state)}.values())
-    # Inference tensors could neither require grad nor be reused outside of inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        plan = make_plan(tensors)
-        buffer = memory.acquire(plan.size)
-        try:
-            views = _views(buffer, plan)
-            _copy_ranges(plan.ranges, tensors, views.ranges)
-            copies = {
-                id(tensor): _copy_parts(tensor) if view is None else view
-                for tensor, view in zip(tensors, views.tensors, strict=True)
-            }
-            return Snapshot(_rebuild(state, copies), memory, buffer)
-        except BaseException:
-            memory.release(buffer)
-            raise
+    """Copy *state* as a new `Stager` does; when this returns, it may change in any way."""
+    stager = Stager(memory)
+    snapshot = stager.take(state)
+    stager.begin(snapshot)
+    stager.thread.close()
+    return snapshot
 
 
 @dataclass(frozen=True)
 class _Views:
-    """A buffer cut up as a plan says. Reused as long as the plan stays equal."""
+    """
+    A buffer cut up as a plan says. Reused as long as the plan stays equal.
+
+    Attributes:
+        targets: For each range, what it is copied into.
+        tensors: For each tensor of the state, its place; None if it is copied by its parts.
+        sections: For each section, all of its bytes.
+    """
 
     plan: SnapshotPlan
-    ranges: list[torch.Tensor]
+    targets: list[torch.Tensor]
     tensors: list[torch.Tensor | None]
+    sections: dict[Section, torch.Tensor]
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif type(value) in _MAPPINGS:
-        for item in value.values():
-            yield from _tensors(item)
-        yield from _tensors(getattr(value, "__dict__", ()))
-    elif type(value) in _SEQUENCES:
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict | list | tuple | set | frozenset) and not isinstance(value, torch.Size):
-        raise TypeError(
-            f"Cannot copy a {type(value).__qualname__}: of containers only dict, OrderedDict, Counter, "
-            "list, tuple and set can be. Turn it into one of these first."
-        )
+def _find_waiting(
+    tensors: Sequence[torch.Tensor], addresses: Sequence[int | None], owners: Mapping[int, torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    waiting = {}
+    for index, address in enumerate(addresses):
+        owner = owners.get(address) if address is not None else None
+        if owner is not None and _is_same(tensors[index], owner):
+            waiting[index] = owner
+    return waiting
 
 
-def _rebuild(value: Any, copies: dict[int, torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return copies[id(value)]
-    kind = type(value)
-    if kind in _SEQUENCES:
-        return kind(_rebuild(item, copies) for item in value)
-    if kind not in _MAPPINGS:
-        return value
-    copy: dict[Any, Any] = kind()
-    for key, item in value.items():
-        copy[key] = _rebuild(item, copies)
-    if hasattr(value, "__dict__"):
-        # A module's state dict carries its `_metadata` there.
-        copy.__dict__.update(_rebuild(value.__dict__, copies))
-    return copy
+def _is_same(tensor: torch.Tensor, owner: torch.Tensor) -> bool:
+    return tensor is owner or (
+        tensor.dtype == owner.dtype and tensor.shape == owner.shape and tensor.stride() == owner.stride()
+    )
+
+
+def _places_aside(plan: SnapshotPlan) -> tuple[dict[Section, int], dict[torch.device, int]]:
+    """Return where each section would begin in a copy on its device, and the size of each device's."""
+    positions: dict[Section, int] = {}
+    sizes: dict[torch.device, int] = {}
+    for section in plan.sections:
+        positions[section] = sizes.get(section.device, 0)
+        sizes[section.device] = positions[section] + -(-section.size // ALIGNMENT) * ALIGNMENT
+    return positions, sizes
+
+
+def _range_of(plan: SnapshotPlan, index: int) -> int | None:
+    layout = plan.layouts[index]
+    return None if layout is None else layout.range
 
 
 def _views(buffer: StagingBuffer, plan: SnapshotPlan) -> _Views:
     views = buffer.views
-    if isinstance(views, _Views) and views.plan == plan:
+    if isinstance(views, _Views) and (views.plan is plan or views.plan == plan):
         return views
     # A storage of its own for each range: torch.save writes whole storages.
-    ranges = [
-        torch.frombuffer(buffer.mapping, dtype=torch.uint8, count=part.size, offset=part.position)
-        for part in plan.ranges
-    ]
+    ranges = [_bytes_in(buffer, part.position, part.size) for part in plan.ranges]
     tensors = [None if layout is None else _view(layout, ranges) for layout in plan.layouts]
-    buffer.views = _Views(plan, ranges, tensors)
-    return buffer.views
+    targets = [_target(part, ranges[index], tensors) for index, part in enumerate(plan.ranges)]
+    sections = {section: _bytes_in(buffer, section.start, section.size) for section in plan.sections}
+    views = buffer.views = _Views(plan, targets, tensors, sections)
+    return views
+
+
+def _bytes_in(buffer: StagingBuffer, start: int, size: int) -> torch.Tensor:
+    return torch.frombuffer(buffer.mapping, dtype=torch.uint8, count=size, offset=start)
+
+
+def _target(
+    part: ByteRange, whole_range: torch.Tensor, tensors: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
+    tensor = tensors[part.tensor]
+    return whole_range if tensor is None or not part.whole else tensor.detach()
+
+
+def _sources(plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    sources = []
+    for index in section.ranges:
+        part = plan.ranges[index]
+        tensor = tensors[part.tensor]
+        sources.append(tensor if part.whole else _bytes_of(tensor, part))
+    return sources
+
+
+def _bytes_of(tensor: torch.Tensor, part: ByteRange) -> torch.Tensor:
+    source = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    source.set_(tensor.untyped_storage(), part.start, (part.size,), (1,))
+    return source
 
 
 def _view(layout: Layout, ranges: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -148,25 +352,6 @@ def _view(layout: Layout, ranges: Sequence[torch.Tensor]) -> torch.Tensor:
     if layout.parameter:
         return torch.nn.Parameter(view, requires_grad=layout.requires_grad)
     return view.requires_grad_(layout.requires_grad)
-
-
-def _copy_ranges(
-    ranges: Sequence[ByteRange], tensors: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
-) -> None:
-    groups: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-    for part, target in zip(ranges, targets, strict=True):
-        source = torch.empty(0, dtype=torch.uint8, device=part.device)
-        storage = tensors[part.tensor].untyped_storage()
-        source.set_(storage, part.start, (part.size,), (1,))
-        into, outof = groups.setdefault(part.device, ([], []))
-        into.append(target)
-        outof.append(source)
-    for device, (into, outof) in groups.items():
-        # One call for all: a Python loop over small tensors would take far longer than their bytes.
-        torch._foreach_copy_(into, outof, non_blocking=device.type == "cuda")
-    for device in groups:
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
 
 
 def _copy_parts(tensor: torch.Tensor) -> torch.Tensor:

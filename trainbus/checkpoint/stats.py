@@ -4,7 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CheckpointStats"]
+__all__ = ["CheckpointStats", "LostTime"]
+
+
+@dataclass
+class LostTime:
+    """
+    Seconds of the training thread that went into checkpoints.
+
+    Attributes:
+        waiting: For an earlier save to be written, because ``max_pending`` were unfinished.
+        copying: Collecting the state and copying it.
+        fenced: In optimizer steps that had to wait for a copy in the background.
+        overlappable: The part of *copying* in saves that ``snapshot="overlap"`` could have
+            copied in the background.
+    """
+
+    waiting: float = 0.0
+    copying: float = 0.0
+    fenced: float = 0.0
+    overlappable: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.waiting + self.copying + self.fenced
 
 
 @dataclass
@@ -15,8 +39,11 @@ class CheckpointStats:
     Attributes:
         saves: Files that became durable.
         bytes: Their sizes together.
-        seconds_lost: Time the training thread spent inside of save calls: waiting for room,
-            collecting the state, copying it.
+        seconds_lost: Time the training thread spent on saves: waiting for room, collecting the
+            state, copying it, and in optimizer steps that waited for a copy.
+        seconds_waiting: The part of it spent waiting for room.
+        seconds_copying: The part of it spent collecting and copying the state.
+        seconds_fenced: The part of it spent in optimizer steps.
         seconds_to_durable: From each request to its file being durable, summed; training went
             on meanwhile.
         skipped: Saves given up because the writer was busy.
@@ -26,6 +53,9 @@ class CheckpointStats:
     saves: int = 0
     bytes: int = 0
     seconds_lost: float = 0.0
+    seconds_waiting: float = 0.0
+    seconds_copying: float = 0.0
+    seconds_fenced: float = 0.0
     seconds_to_durable: float = 0.0
     skipped: int = 0
     failed: int = 0

@@ -138,21 +138,25 @@ class Loop:
         iterator = self._rest_of(loader)
         if iterator is None:
             iterator = moments.positions.open(loader, "train", restore_rng=moments.restore_rng)
-        while not self._is_over():
-            batch: Any = next(iterator, _END)
-            if batch is _END:
-                moments.positions.closed("train")
-                return
-            moments.open_batch(batch)
-            try:
-                yield batch
-            except GeneratorExit:
-                self._left_batches = (self._round, self._pass) == (mine, this_pass)
-                moments.note_break()
-                raise
-            self._require_same_round(mine, "batches")
-            self._require_same_pass(this_pass)
-            moments.complete_batch()
+        try:
+            while not self._is_over():
+                batch: Any = next(iterator, _END)
+                if batch is _END:
+                    moments.positions.closed("train")
+                    return
+                moments.open_batch(batch)
+                try:
+                    yield batch
+                except GeneratorExit:
+                    self._left_batches = (self._round, self._pass) == (mine, this_pass)
+                    moments.note_break()
+                    raise
+                self._require_same_round(mine, "batches")
+                self._require_same_pass(this_pass)
+                moments.complete_batch()
+        finally:
+            # Behind the loop, weights may be changed without a step.
+            self._handler.fence()
         self._rest = loader, iterator
 
     def _val_batches(self, loader: Iterable[T]) -> Iterator[T]:

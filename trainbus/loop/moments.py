@@ -5,7 +5,7 @@ The generators come here, and loops written by hand through `Handler.emit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ class Moments:
     The state of a run's loop, one method for each event that moves it. Training thread.
 
     The handler is only asked for: its bus, whether it was resumed and why it was stopped, to
-    take postponed saves, and to finish writing.
+    take postponed saves, to wait for what is being copied, and to finish writing.
 
     Attributes:
         progress: The counters.
@@ -64,6 +64,7 @@ class Moments:
         self.positions = DataPositions()
         self.training = self.epoch_goes_on = False
         self._validating = False
+        self._between_steps = False  # in train_batch_end, with the next batch to follow
         self._data: Any = None  # the batch at hand, for the default weight of log()
         self._val_batch: int | None = None  # index of the validation batch at hand
         self._val_data: Any = None
@@ -112,6 +113,7 @@ class Moments:
         """Emit ``epoch_end`` with the epoch's logs over all ranks; then the next epoch is due."""
         progress = self.progress
         progress.epoch = payload.setdefault("epoch", progress.epoch)
+        self._handler.fence()
         self._handler.take_postponed_saves()
         self._epoch_logs = payload["logs"] = _joined(self.metrics.epoch_logs(), payload.get("logs"))
         progress.epoch_complete = not self.epoch_goes_on
@@ -146,11 +148,14 @@ class Moments:
         self.positions.advanced("train")
         if ends_pass:
             self.positions.closed("train")
+        # After a pass that was left, anything may come before the next step.
+        self._between_steps = not ends_pass
         try:
             self._emit("train_batch_end", **payload)
             if not self.accumulating:
                 self._handler.take_postponed_saves()
         finally:
+            self._between_steps = False
             self._data = self._rng_at_break = None
             progress.leave_batch()
 
@@ -173,6 +178,11 @@ class Moments:
         that loads the file would not come there again.
         """
         return self.accumulating or (self._validating and self.progress.batch_open)
+
+    @property
+    def optimizers_before_step(self) -> Sequence[Any]:
+        """The optimizers of which only a forward and a backward pass come before the next step; or none."""
+        return self.optimizer_steps.optimizers if self._between_steps else ()
 
     @property
     def amid_accumulation(self) -> bool:
@@ -203,6 +213,8 @@ class Moments:
 
     def begin_validation(self, **payload: Any) -> None:
         """Emit ``val_begin``."""
+        # Weights may be exchanged for a validation, as for averaged ones.
+        self._handler.fence()
         if self._held_rng is None:
             self.hold_rng()
         self._validating, self._redo_validation = True, False

@@ -16,15 +16,18 @@ class OptimizerSteps:
     """
     Tells *progress* of each step; other optimizers than torch's go unseen.
 
+    Attributes:
+        optimizers: Those of torch among them.
+
     Args:
         optimizers: One, a dict of them by name, or None.
     """
 
     def __init__(self, optimizers: Any, progress: Progress) -> None:
         each = optimizers.values() if isinstance(optimizers, Mapping) else [optimizers]
-        self._optimizers = [one for one in each if isinstance(one, torch.optim.Optimizer)]
+        self.optimizers = [one for one in each if isinstance(one, torch.optim.Optimizer)]
         self._hooks = [
-            one.register_step_post_hook(lambda *_: progress.note_optimizer_step()) for one in self._optimizers
+            one.register_step_post_hook(lambda *_: progress.note_optimizer_step()) for one in self.optimizers
         ]
 
     def stop(self) -> None:
@@ -34,5 +37,5 @@ class OptimizerSteps:
 
     def has_gradients(self) -> bool:
         """Return whether backward has left gradients that a step would use."""
-        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         return any(parameter.grad is not None for group in groups for parameter in group["params"])

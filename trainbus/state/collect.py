@@ -11,7 +11,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 from trainbus.errors import StateMismatchError, did_you_mean
+from trainbus.state.scaler import scaler_numbers, scaler_state
 
 __all__ = ["KEYS", "Parts", "Stateful", "check_parts", "collect", "collect_weights", "restore"]
 
@@ -104,6 +107,8 @@ def _state_of(thing: Any) -> Any:
         return None
     if isinstance(thing, Mapping):
         return {name: _state_of(one) for name, one in thing.items()}
+    if isinstance(thing, torch.amp.GradScaler):
+        return scaler_state(thing)
     return thing.state_dict()
 
 
@@ -120,6 +125,8 @@ def _loads_of(key: str, mine: Any, saved: Any, strict: bool) -> list[Callable[[]
 
 
 def _load(key: str, mine: Any, saved: Any, **options: Any) -> None:
+    if isinstance(mine, torch.amp.GradScaler):
+        saved = scaler_numbers(saved)
     try:
         mine.load_state_dict(saved, **options)
     except (RuntimeError, ValueError, KeyError) as error:

@@ -162,6 +162,9 @@ class FakeHandler:
         self.callbacks[key] = callback
         return callback
 
+    def prepare_saves(self, *, weights_only: bool = False) -> None:
+        """Do nothing: there is no memory to prepare."""
+
     def save_async(
         self,
         path: str | os.PathLike[str],

@@ -1,0 +1,863 @@
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from trainbus.checkpoint.background_copy import BackgroundCopy, CopyThread, HostMove, Watched
+from trainbus.checkpoint.nesting import path_to
+from trainbus.errors import SnapshotChangedError
+
+TOO_LONG = 30
+A_MOMENT = 0.1  # given to whoever should wait and would not
+
+
+@pytest.fixture(name="thread")
+def _thread() -> Iterator[CopyThread]:
+    thread = CopyThread()
+    thread.start()
+    yield thread
+    thread.close()
+
+
+class Steps:
+    """A move that notes what is asked of it, and may be held at the beginning or at the end."""
+
+    def __init__(self, log: list[str], name: str = "move") -> None:
+        self.log = log
+        self.name = name
+        self.reached_begin, self.may_begin = threading.Event(), threading.Event()
+        self.reached_finish, self.may_finish = threading.Event(), threading.Event()
+        self.may_begin.set()
+        self.may_finish.set()
+
+    def begin(self) -> None:
+        self.reached_begin.set()
+        assert self.may_begin.wait(TOO_LONG)
+        self.log.append(f"{self.name} begins")
+
+    def hold_back(self) -> None:
+        self.log.append(f"{self.name} holds back")
+
+    def finish(self) -> None:
+        self.reached_finish.set()
+        assert self.may_finish.wait(TOO_LONG)
+        self.log.append(f"{self.name} finishes")
+
+
+class Breaks(Steps):
+    """A move that cannot be made."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__([])
+        self.error = error
+
+    def begin(self) -> None:
+        raise self.error
+
+
+class BreaksLater(Steps):
+    """A move that begins well and does not arrive; held at its end."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__([])
+        self.may_finish.clear()
+        self.error = error
+
+    def finish(self) -> None:
+        super().finish()
+        raise self.error
+
+
+class Tears(HostMove):
+    """Copies what somebody changed meanwhile and puts back before anyone looks."""
+
+    def begin(self) -> None:
+        for source in self.sources:
+            source.data.add_(1)
+        super().begin()
+        for source in self.sources:
+            source.data.sub_(1)
+
+
+def ended_thread() -> threading.Thread:
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join(TOO_LONG)
+    return thread
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()
+
+
+class TestHostMove:
+    def test_over_when_begun(self):
+        """
+        All tensors are copied, of any dtype, when the move has begun; then nothing is left to do.
+        """
+        sources = [torch.arange(5.0), torch.arange(3), torch.tensor([True]), torch.ones(2, 2).bfloat16()]
+        targets = [torch.zeros_like(source) for source in sources]
+        move = HostMove(targets, sources)
+
+        move.begin()
+        for source in sources:
+            source.zero_()
+        move.hold_back()
+        move.finish()
+
+        assert [target.tolist() for target in targets] == [
+            [0, 1, 2, 3, 4],
+            [0, 1, 2],
+            [True],
+            [[1, 1], [1, 1]],
+        ]
+
+
+class TestWatched:
+    @pytest.mark.parametrize("checked", [False, True])
+    def test_untouched(self, checked):
+        """
+        A tensor that is read only has not changed; also not if it holds a NaN.
+        """
+        owner = nn.Parameter(torch.tensor([1.0, float("nan"), -0.0]))
+        watched = Watched(owner, copy_of(owner), checked=checked)
+
+        (owner * 2).nansum().backward()
+
+        assert not watched.is_changed()
+        assert not watched.is_torn()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda owner: owner.add_(1),
+            lambda owner: owner.detach().mul_(1),
+            lambda owner: owner.view(-1)[2:].zero_(),
+            lambda owner: owner.copy_(torch.zeros(4, 4)),
+        ],
+    )
+    def test_changed_in_place(self, change):
+        """
+        A write is noticed by the tensor's version, through views and without new values as well.
+        """
+        owner = nn.Parameter(torch.ones(4, 4))
+        watched = Watched(owner, copy_of(owner))
+
+        with torch.no_grad():
+            change(owner)
+
+        assert watched.is_changed()
+
+    def test_memory_exchanged(self):
+        """
+        Other memory under the same tensor is noticed, though its version stays.
+        """
+        owner = nn.Parameter(torch.ones(4))
+        watched, version = Watched(owner, copy_of(owner)), owner._version
+
+        owner.data = torch.ones(4)
+
+        assert owner._version == version
+        assert watched.is_changed()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda owner: owner.data.mul_(2),
+            lambda owner: owner.data[3].neg_(),
+            lambda owner: owner.detach().numpy().fill(7),
+        ],
+    )
+    def test_behind_its_back(self, change):
+        """
+        A write that leaves the version as it is goes unnoticed, unless the values are compared.
+        """
+        owner = nn.Parameter(torch.tensor([1.0, 2.0, float("nan"), 0.0]))
+        unchecked = Watched(owner, copy_of(owner))
+        checked = Watched(owner, copy_of(owner), checked=True)
+
+        change(owner)
+
+        assert not unchecked.is_changed()
+        assert checked.is_changed()
+
+    @pytest.mark.parametrize(
+        "data", [lambda owner: owner.data[:2], lambda owner: owner.data.view(torch.int32)]
+    )
+    def test_seen_otherwise(self, data):
+        """
+        The same memory under another shape or dtype is a change to who compares.
+        """
+        owner = torch.zeros(4)
+        checked = Watched(owner, copy_of(owner), checked=True)
+
+        owner.data = data(owner)
+
+        assert checked.is_changed()
+
+    def test_torn(self):
+        """
+        A copy that differs from the values of the request is torn, wherever the tensor stands by now.
+        """
+        owner = nn.Parameter(torch.zeros(4))
+        torn, whole = (Watched(owner, copy_of(owner), checked=True) for _ in range(2))
+        torn.copy[3] = 1
+        owner.data.add_(5)
+
+        assert torn.is_torn()
+        assert not whole.is_torn()
+
+    def test_not_compared(self):
+        """
+        Without the values of the request, no copy is known to be torn.
+        """
+        owner = torch.zeros(4)
+        watched = Watched(owner, torch.ones(4))
+
+        assert not watched.is_torn()
+
+    def test_odd_layouts(self):
+        """
+        Tensors with gaps, transposed, without dimensions or elements are compared by value as well.
+        """
+        for owner in (torch.ones(4, 4)[:, 1], torch.ones(2, 3).t(), torch.tensor(1.0), torch.zeros(0)):
+            watched = Watched(owner, copy_of(owner), checked=True)
+            assert not watched.is_changed()
+            owner.data.add_(1)
+            assert watched.is_changed() == (owner.numel() > 0)
+
+
+class TestRun:
+    def test_devices_first(self):
+        """
+        All moves begin before the first is waited for.
+        """
+        log: list[str] = []
+
+        BackgroundCopy([Steps(log, "a"), Steps(log, "b")]).run()
+
+        assert log == ["a begins", "b begins", "a finishes", "b finishes"]
+
+    def test_into_parameters(self):
+        """
+        Copies are written to parameters too, and are no part of a graph.
+        """
+        source, target = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+        copy = BackgroundCopy([HostMove([target], [source])])
+
+        copy.run()
+        copy.wait()
+
+        assert target.tolist() == [1, 1, 1, 1]
+        assert target.is_leaf
+
+    def test_lets_go(self):
+        """
+        When all has arrived, what was copied from may be freed.
+        """
+        owner = nn.Parameter(torch.ones(4))
+        target = copy_of(owner)
+        copy = BackgroundCopy([HostMove([target], [owner])], [Watched(owner, target)])
+        freed = weakref.ref(owner)
+        copy.run()
+
+        del owner
+        gc.collect()
+
+        assert freed() is None
+        copy.let_change()
+        copy.wait()
+
+
+class TestLetChange:
+    def test_waits_for_the_copy(self, thread):
+        """
+        Nobody may change anything until it is copied.
+        """
+        allowed, early = threading.Event(), []
+
+        class Slow(Steps):
+            def begin(self) -> None:
+                early.append(allowed.wait(A_MOMENT))
+
+        copy = BackgroundCopy([Slow([]), Slow([])])
+        thread.carry_out(copy)
+
+        copy.let_change()
+        allowed.set()
+        copy.wait()
+
+        assert early == [False, False]
+
+    def test_does_not_wait_for_devices(self, thread):
+        """
+        What a device has begun to copy holds back that device's work, not the caller.
+        """
+        log: list[str] = []
+        moves = [Steps(log, "a"), Steps(log, "b")]
+        moves[0].may_finish.clear()
+        copy = BackgroundCopy(moves)
+        thread.carry_out(copy)
+
+        copy.let_change()
+
+        assert log == ["a begins", "b begins", "a holds back", "b holds back"]
+        assert not copy.is_over
+        moves[0].may_finish.set()
+        copy.wait()
+        assert log[4:] == ["a finishes", "b finishes"]
+
+    def test_arrived_before(self):
+        """
+        What has arrived holds nothing back, however often that is asked.
+        """
+        log: list[str] = []
+        copy = BackgroundCopy([Steps(log)])
+        copy.run()
+
+        copy.let_change()
+        copy.let_change()
+
+        assert log == ["move begins", "move finishes"]
+
+    def test_step_that_came_through(self, thread):
+        """
+        A change after `let_change` fails nothing, though the copy is complete only after it.
+        """
+        owner = nn.Parameter(torch.ones(4))
+        move = Steps([])
+        move.may_finish.clear()
+        copy = BackgroundCopy([move], [Watched(owner, copy_of(owner))])
+        thread.carry_out(copy)
+        copy.let_change()
+        with torch.no_grad():
+            owner.add_(1)
+
+        move.may_finish.set()
+        copy.wait()
+
+        assert not copy.was_changed
+
+    def test_changed_before(self, thread):
+        """
+        A change before `let_change` fails the copy with the tensor's place, and holds up nobody.
+        """
+        owners = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+        copies = [copy_of(owner) for owner in owners]
+        state = {"module": {str(index): one for index, one in enumerate(copies)}}
+        watched = [Watched(owner, one) for owner, one in zip(owners, copies, strict=True)]
+        move = Steps([])
+        move.may_finish.clear()
+        copy = BackgroundCopy([move], watched, lambda tensor: path_to(state, tensor))
+        thread.carry_out(copy)
+        with torch.no_grad():
+            owners[0].add_(1)
+            owners[2].add_(1)
+
+        copy.let_change()
+        move.may_finish.set()
+
+        with pytest.raises(SnapshotChangedError) as caught:
+            copy.wait()
+        assert caught.value.places == ["state['module']['0']", "state['module']['2']"]
+        assert copy.was_changed
+
+    def test_changed_while_it_was_copied(self, thread):
+        """
+        A change that nobody announced is noticed when the copy is complete.
+        """
+        owner = nn.Parameter(torch.ones(4))
+        move = Steps([])
+        move.may_begin.clear()
+        copy = BackgroundCopy([move], [Watched(owner, copy_of(owner))], lambda tensor: "there")
+        thread.carry_out(copy)
+        assert move.reached_begin.wait(TOO_LONG)
+        with torch.no_grad():
+            owner.add_(1)
+        move.may_begin.set()
+
+        with pytest.raises(SnapshotChangedError, match="there changed between the save and the next"):
+            copy.wait()
+
+    def test_changed_when_it_was_complete(self):
+        """
+        A change after the copy was complete does not concern it.
+        """
+        owner = nn.Parameter(torch.ones(4))
+        copy = BackgroundCopy([], [Watched(owner, copy_of(owner))])
+        copy.run()
+        with torch.no_grad():
+            owner.add_(1)
+
+        copy.let_change()
+
+        copy.wait()
+        assert not copy.was_changed
+
+
+class TestIsOver:
+    def test_until_it_arrived(self, thread):
+        """
+        A copy is over when its bytes have arrived, not when they only have begun to.
+        """
+        move = Steps([])
+        move.may_finish.clear()
+        copy = BackgroundCopy([move])
+        assert not copy.is_over
+        thread.carry_out(copy)
+        assert move.reached_finish.wait(TOO_LONG)
+        assert not copy.is_over
+
+        move.may_finish.set()
+        copy.wait()
+
+        assert copy.is_over
+
+
+class TestChecked:
+    def make(self, *moves: HostMove, owner: nn.Parameter, target: torch.Tensor) -> BackgroundCopy:
+        watched = [Watched(owner, target, checked=True)]
+        return BackgroundCopy(moves, watched, lambda tensor: "there", checked=True)
+
+    def test_holds_until_the_change(self):
+        """
+        Tensors are held, to be compared, until somebody is allowed to change them.
+        """
+        owner, target = nn.Parameter(torch.ones(4)), torch.zeros(4)
+        copy = self.make(HostMove([target], [owner]), owner=owner, target=target)
+        held = weakref.ref(owner)
+        del owner
+        copy.run()
+        assert held() is not None
+        assert not copy.is_over
+
+        copy.let_change()
+
+        assert held() is None
+        assert copy.is_over
+
+    @pytest.mark.parametrize("complete", [False, True])
+    def test_changed_behind_its_back(self, thread, complete):
+        """
+        `let_change` raises, at whoever asks first, if the values are not those of the request.
+        """
+        owner, target = nn.Parameter(torch.ones(4)), torch.zeros(4)
+        last = Steps([])
+        last.may_finish.clear()
+        copy = self.make(HostMove([target], [owner]), last, owner=owner, target=target)
+        thread.carry_out(copy)
+        assert last.reached_finish.wait(TOO_LONG)
+        if complete:
+            last.may_finish.set()
+            copy.wait()
+        owner.data.add_(1)
+
+        with pytest.raises(SnapshotChangedError, match="there changed"):
+            copy.let_change()
+
+        copy.let_change()
+        last.may_finish.set()
+        copy.wait_until_arrived()
+        assert copy.was_changed
+
+    def test_change_fails_the_save(self, thread):
+        """
+        A change that `let_change` raises for before the copy is complete fails the copy as well.
+        """
+        owner, target = nn.Parameter(torch.ones(4)), torch.zeros(4)
+        last = Steps([])
+        last.may_finish.clear()
+        copy = self.make(HostMove([target], [owner]), last, owner=owner, target=target)
+        thread.carry_out(copy)
+        assert last.reached_finish.wait(TOO_LONG)
+        owner.data.add_(1)
+        with pytest.raises(SnapshotChangedError):
+            copy.let_change()
+        last.may_finish.set()
+
+        with pytest.raises(SnapshotChangedError, match="there changed"):
+            copy.wait()
+
+    def test_step_that_came_through(self, thread):
+        """
+        A change after `let_change` fails nothing.
+        """
+        owner, target = nn.Parameter(torch.ones(4)), torch.zeros(4)
+        last = Steps([])
+        last.may_finish.clear()
+        copy = self.make(HostMove([target], [owner]), last, owner=owner, target=target)
+        thread.carry_out(copy)
+        copy.let_change()
+        with torch.no_grad():
+            owner.add_(1)
+        last.may_finish.set()
+
+        copy.wait()
+
+        assert not copy.was_changed
+        assert target.tolist() == [1, 1, 1, 1]
+
+    def test_asked_again(self, thread):
+        """
+        Once it was allowed, a change is no news to who asks next, though the copy is not complete.
+        """
+        owner, target = nn.Parameter(torch.ones(4)), torch.zeros(4)
+        last = Steps([])
+        last.may_finish.clear()
+        copy = self.make(HostMove([target], [owner]), last, owner=owner, target=target)
+        thread.carry_out(copy)
+        copy.let_change()
+        with torch.no_grad():
+            owner.add_(1)
+
+        copy.let_change()
+
+        last.may_finish.set()
+        copy.wait()
+
+    def test_torn(self):
+        """
+        A copy that does not hold the values of the request fails, though the tensor has them again.
+        """
+        owner, target = nn.Parameter(torch.ones(4)), torch.zeros(4)
+        copy = self.make(Tears([target], [owner]), owner=owner, target=target)
+
+        copy.run()
+
+        assert owner.tolist() == [1, 1, 1, 1]
+        with pytest.raises(SnapshotChangedError, match="there changed"):
+            copy.wait()
+        assert copy.was_changed
+
+    def test_torn_and_complete_after_the_change(self, thread):
+        """
+        A copy that is torn fails also if it is complete only after `let_change`.
+        """
+        owner, target = nn.Parameter(torch.ones(4)), torch.zeros(4)
+        last = Steps([])
+        last.may_finish.clear()
+        copy = self.make(Tears([target], [owner]), last, owner=owner, target=target)
+        thread.carry_out(copy)
+        copy.let_change()
+        last.may_finish.set()
+
+        with pytest.raises(SnapshotChangedError, match="there changed"):
+            copy.wait()
+
+    def test_lets_go_of_what_failed(self):
+        """
+        A copy that failed holds no tensors: there is nothing more to find out.
+        """
+        owner = nn.Parameter(torch.ones(4))
+        held = weakref.ref(owner)
+        copy = self.make(Breaks(OSError("mine")), owner=owner, target=copy_of(owner))
+        copy.run()
+
+        del owner
+        gc.collect()
+
+        assert held() is None
+        copy.let_change()
+        assert copy.is_over
+
+
+class TestFailure:
+    @pytest.mark.parametrize("error", [OSError("mine"), MemoryError("mine"), SystemExit("mine")])
+    def test_raised_by_wait(self, thread, error):
+        """
+        What went wrong on the copying thread is raised by each `wait`, and only there.
+        """
+        later: list[str] = []
+        copy = BackgroundCopy([Breaks(error), Steps(later)])
+        thread.carry_out(copy)
+
+        copy.let_change()
+        copy.wait_until_arrived()
+
+        for _ in range(2):
+            with pytest.raises(type(error), match="mine"):
+                copy.wait()
+        assert later == []
+        assert copy.is_over
+        assert not copy.was_changed
+
+    def test_thread_goes_on(self, thread):
+        """
+        A copy that fails does not keep the next one from being made.
+        """
+        thread.carry_out(BackgroundCopy([Breaks(SystemExit())]))
+        following = BackgroundCopy([])
+        thread.carry_out(following)
+
+        following.wait()
+
+        assert thread.is_alive()
+
+    def test_first_error(self):
+        """
+        The first thing that went wrong is the one that is told of.
+        """
+        owner = nn.Parameter(torch.ones(4))
+        copy = BackgroundCopy([Breaks(OSError("first"))], [Watched(owner, copy_of(owner))])
+        copy.run()
+        with torch.no_grad():
+            owner.add_(1)
+        copy.let_change()
+        copy.give_up(RuntimeError("third"))
+
+        with pytest.raises(OSError, match="first"):
+            copy.wait()
+
+    def test_change_before_an_error(self, thread):
+        """
+        A change that was found stays the reason, whatever goes wrong afterwards.
+        """
+        owner = nn.Parameter(torch.ones(4))
+        move = BreaksLater(OSError("second"))
+        copy = BackgroundCopy([move], [Watched(owner, copy_of(owner))])
+        thread.carry_out(copy)
+        assert move.reached_finish.wait(TOO_LONG)
+        with torch.no_grad():
+            owner.add_(1)
+        copy.let_change()
+        move.may_finish.set()
+
+        with pytest.raises(SnapshotChangedError):
+            copy.wait()
+
+    def test_nobody_waits_for_a_dead_thread(self):
+        """
+        Where the copying thread is gone, everyone goes on and `wait` says why there is no copy.
+        """
+        copy = BackgroundCopy([Steps([])])
+        copy.thread = ended_thread()
+
+        copy.let_change()
+        copy.wait_until_arrived()
+
+        with pytest.raises(RuntimeError, match="the thread that copies snapshots has died"):
+            copy.wait()
+        assert copy.is_over
+
+    def test_arrived_and_thread_ended(self, thread):
+        """
+        A copy that was made is good, whatever became of the thread since.
+        """
+        copy = BackgroundCopy([])
+        thread.carry_out(copy)
+        copy.wait()
+        copy.thread = ended_thread()
+
+        copy.let_change()
+        copy.wait()
+
+    @pytest.mark.parametrize("checked", [False, True])
+    def test_give_up(self, checked):
+        """
+        A copy that is given up holds nobody and no tensor, and `wait` raises the reason.
+        """
+        owner = nn.Parameter(torch.ones(4))
+        held = weakref.ref(owner)
+        target = copy_of(owner)
+        copy = BackgroundCopy(
+            [HostMove([target], [owner])], [Watched(owner, target, checked=checked)], checked=checked
+        )
+        copy.give_up(OSError("mine"))
+        del owner
+        gc.collect()
+
+        copy.let_change()
+        copy.wait_until_arrived()
+
+        with pytest.raises(OSError, match="mine"):
+            copy.wait()
+        assert held() is None
+        assert copy.is_over
+
+
+class Job:
+    """Something to call that notes when it is let go of."""
+
+    def __init__(self, freed: threading.Event) -> None:
+        weakref.finalize(self, freed.set)
+
+    def __call__(self) -> None:
+        pass
+
+
+class TestCopyThread:
+    def test_in_order(self, thread):
+        """
+        Jobs are done one after the other, in the order they were given, none on the caller's thread.
+        """
+        done: list[tuple[int, int]] = []
+        last = threading.Event()
+        for number in range(100):
+            thread.call(lambda number=number: done.append((number, threading.get_ident())))
+        thread.call(last.set)
+        assert last.wait(TOO_LONG)
+
+        assert [number for number, _ in done] == list(range(100))
+        idents = {ident for _, ident in done}
+        assert len(idents) == 1
+        assert threading.get_ident() not in idents
+
+    def test_given_before_the_start(self):
+        """
+        What is given to a thread that does not run yet is done when it does.
+        """
+        thread, done = CopyThread(), threading.Event()
+        thread.call(done.set)
+        assert not thread.is_alive()
+
+        thread.start()
+
+        assert done.wait(TOO_LONG)
+        assert thread.is_alive()
+        thread.close()
+
+    def test_started_twice(self, thread):
+        """
+        A thread that runs is not started again.
+        """
+        before = threading.active_count()
+
+        thread.start()
+
+        assert threading.active_count() == before
+
+    def test_close(self):
+        """
+        The thread ends when it has done what it was given; closing does not wait, also twice.
+        """
+        thread, running, may_go_on = CopyThread(), threading.Event(), threading.Event()
+        threads: list[threading.Thread] = []
+        done: list[str] = []
+
+        def run() -> None:
+            threads.append(threading.current_thread())
+            running.set()
+            assert may_go_on.wait(TOO_LONG)
+            done.append("first")
+
+        thread.start()
+        thread.call(run)
+        thread.call(lambda: done.append("last"))
+        assert running.wait(TOO_LONG)
+
+        thread.close()
+        thread.close()
+
+        assert not thread.is_alive()
+        assert done == []
+        may_go_on.set()
+        threads[0].join(TOO_LONG)
+        assert not threads[0].is_alive()
+        assert done == ["first", "last"]
+
+    def test_close_before_the_start(self):
+        """
+        A thread that never ran is closed without more ado.
+        """
+        thread = CopyThread()
+
+        thread.close()
+
+        assert not thread.is_alive()
+
+    def test_keeps_no_job(self, thread):
+        """
+        A job is let go of when it is done, not when the next one comes: it may hold a model's tensors.
+        """
+        freed = threading.Event()
+
+        thread.call(Job(freed))
+
+        assert freed.wait(TOO_LONG)
+
+    def test_copy_knows_its_thread(self, thread):
+        """
+        Whoever waits for a copy can tell that the thread it was given to is gone.
+        """
+        copy = BackgroundCopy([])
+
+        thread.carry_out(copy)
+
+        assert copy.thread is not None
+        assert copy.thread.is_alive()
+        copy.wait()
+
+
+def holds_in_child(claim: Callable[[], bool]) -> bool:
+    """Tell whether *claim* is true in a forked child; a child that hangs is killed."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(TOO_LONG)
+            status = 0 if claim() else 2
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# Python warns of every fork beside threads; torch has some.
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+class TestFork:
+    def test_child_begins_empty(self, thread):
+        """
+        A forked child has no thread and none of the parent's jobs, and can start one for its own.
+        """
+        running, may_go_on = threading.Event(), threading.Event()
+        calls: list[str] = []
+
+        def run() -> None:
+            running.set()
+            assert may_go_on.wait(TOO_LONG)
+
+        thread.call(run)
+        assert running.wait(TOO_LONG)
+        thread.call(lambda: calls.append("of the parent"))
+
+        def works() -> bool:
+            if thread.is_alive():
+                return False
+            thread.start()
+            copy = BackgroundCopy([])
+            thread.carry_out(copy)
+            copy.wait()
+            return thread.is_alive() and calls == []
+
+        assert holds_in_child(works)
+        assert thread.is_alive()
+        may_go_on.set()
+
+    def test_child_waits_for_no_copy_of_its_parent(self, thread):
+        """
+        A child that has a copy of its parent's at hand does not wait for it for ever.
+        """
+        move = Steps([])
+        move.may_begin.clear()
+        copy = BackgroundCopy([move])
+        thread.carry_out(copy)
+        assert move.reached_begin.wait(TOO_LONG)
+
+        def goes_on() -> bool:
+            copy.let_change()
+            try:
+                copy.wait()
+            except RuntimeError as error:
+                return "has died" in str(error)
+            return False
+
+        assert holds_in_child(goes_on)
+        move.may_begin.set()
+        copy.wait()

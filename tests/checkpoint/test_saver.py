@@ -1,0 +1,753 @@
+"""A save from the request to the file: room, what waits for a fence, what becomes of failures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import types
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import optimizer as torch_optimizer
+
+from trainbus.checkpoint import background_copy, fence, saver, staging_copy
+from trainbus.checkpoint.background_copy import BackgroundCopy
+from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.load import load_file
+from trainbus.checkpoint.pending_save import PendingSave
+from trainbus.checkpoint.saver import Saver
+from trainbus.checkpoint.staging_memory import StagingBuffer
+from trainbus.errors import CheckpointError, CheckpointWriteError, SnapshotChangedError
+
+WAIT = 30
+"""Seconds after which a test that hangs fails."""
+LARGE = 40_000
+"""Elements of a tensor that is worth waiting for."""
+MANIFEST = Manifest(contents="object")
+
+
+class Clock:
+    """In place of the time module: stands still until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Training:
+    """A saver, one weight with an optimizer, and what the saver reported."""
+
+    def __init__(self, folder: Any, **options: Any) -> None:
+        self.folder = folder
+        self.reports: list[str] = []
+        self.saver = Saver(lambda event, **fields: self.reports.append(event), **options)
+        self.weight = nn.Parameter(torch.zeros(LARGE))
+        self.optimizer = torch.optim.SGD([self.weight], lr=1.0)
+        self.small = torch.zeros(3)
+        self.count = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"weight": self.weight.detach(), "small": self.small}
+
+    def save(self, collect: Callable[[], Any] | None = None) -> PendingSave:
+        """Ask for a save as between two steps."""
+        self.count += 1
+        pending = PendingSave(str(self.folder / f"{self.count}.pt"), global_step=self.count)
+        self.saver.save(pending, collect or self.state, MANIFEST, optimizers=[self.optimizer])
+        return pending
+
+    def step(self) -> None:
+        """Add one to the weight."""
+        self.weight.grad = torch.full_like(self.weight, -1.0)
+        self.optimizer.step()
+
+    def values(self, pending: PendingSave) -> set[float]:
+        """Return the values that the file holds of the weight."""
+        pending.result(WAIT)
+        state, _ = load_file(pending.path)
+        return set(state["weight"].tolist())
+
+
+@pytest.fixture(name="train")
+def _train(tmp_path) -> Iterator[Callable[..., Training]]:
+    """Make trainings; their savers are closed at the end."""
+    made: list[Training] = []
+
+    def make(**options: Any) -> Training:
+        made.append(Training(tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for training in made:
+        training.saver.close(WAIT)
+
+
+@pytest.fixture(name="clock")
+def _clock(monkeypatch) -> Clock:
+    clock = Clock()
+    for module in (saver, fence):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+class GatedCopy(BackgroundCopy):
+    """Copies nothing until it is told to, or until a fence needs it."""
+
+    gate: threading.Event
+    let: int
+
+    def run(self) -> None:
+        assert self.gate.wait(WAIT)
+        super().run()
+
+    def let_change(self) -> None:
+        type(self).let += 1
+        self.gate.set()
+        super().let_change()
+
+
+@pytest.fixture(name="gate")
+def _gate(monkeypatch) -> Iterator[threading.Event]:
+    """Hold copies in the background until the next fence, or until this is set."""
+    GatedCopy.gate, GatedCopy.let = threading.Event(), 0
+    monkeypatch.setattr(staging_copy, "BackgroundCopy", GatedCopy)
+    yield GatedCopy.gate
+    GatedCopy.gate.set()
+
+
+def in_child(work: Callable[[], None]) -> bool:
+    """Tell whether *work* came to its end in a forked child; one that hangs is killed."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(WAIT)
+        with contextlib.suppress(BaseException):
+            work()
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def root_of(error: BaseException | None) -> BaseException:
+    """Return what a save's failure goes back to."""
+    assert error is not None
+    return error if error.__cause__ is None else root_of(error.__cause__)
+
+
+class TestOptions:
+    @pytest.mark.parametrize("value", ["sometimes", "", None, True, "Overlap"])
+    def test_unknown_snapshot(self, value):
+        """
+        A value of snapshot that is none is refused, and nothing is left raised.
+        """
+        hooks = dict(torch_optimizer._global_optimizer_pre_hooks)
+
+        with pytest.raises(ValueError, match=f"'auto' or 'overlap', got {value!r}"):
+            Saver(print, snapshot=value)
+
+        assert dict(torch_optimizer._global_optimizer_pre_hooks) == hooks
+
+    @pytest.mark.parametrize("value", ["overlap", None, "yes"])
+    def test_unknown_device_snapshot(self, value):
+        """
+        So is one of device_snapshot.
+        """
+        with pytest.raises(ValueError, match=f"'auto', True or False, got {value!r}"):
+            Saver(print, device_snapshot=value)
+
+
+class TestFence:
+    def test_closed(self, train):
+        """
+        A saver's hooks go with it, also if it is closed twice.
+        """
+        before = len(torch_optimizer._global_optimizer_pre_hooks)
+        training = train(snapshot="overlap")
+        assert len(torch_optimizer._global_optimizer_pre_hooks) == before + 1
+
+        training.saver.close(WAIT)
+        training.saver.close(WAIT)
+
+        assert len(torch_optimizer._global_optimizer_pre_hooks) == before
+
+    def test_closed_with_a_writer_that_is_not_done(self, train, monkeypatch):
+        """
+        A close that times out lowers the fence all the same.
+        """
+        before = len(torch_optimizer._global_optimizer_pre_hooks)
+        go_on = threading.Event()
+        real = saver.commit
+        monkeypatch.setattr(saver, "commit", lambda *a, **kw: go_on.wait(WAIT) and real(*a, **kw))
+        training = train(snapshot="overlap")
+        training.save()
+
+        with pytest.raises(TimeoutError):
+            training.saver.close(0)
+
+        assert len(torch_optimizer._global_optimizer_pre_hooks) == before
+        go_on.set()
+
+    def test_auto_raises_none(self, train):
+        """
+        Who copies at once hooks into no optimizer.
+        """
+        before = len(torch_optimizer._global_optimizer_pre_hooks)
+
+        train()
+
+        assert len(torch_optimizer._global_optimizer_pre_hooks) == before
+
+    def test_step_waits(self, train, gate):
+        """
+        A save returns before the weight is copied, and the next step waits until it is.
+        """
+        training = train(snapshot="overlap")
+
+        pending = training.save()
+        assert not gate.is_set()
+        training.step()
+
+        assert gate.is_set()
+        assert training.values(pending) == {0.0}
+
+    @pytest.mark.parametrize("why", ["auto", "no optimizers", "within a step"])
+    def test_copied_at_once(self, train, gate, why):
+        """
+        Where something else than the next step may follow, all is copied before save returns.
+        """
+        training = train(snapshot="auto" if why == "auto" else "overlap")
+        saves = []
+
+        def closure() -> None:
+            saves.append(training.save())
+
+        if why == "within a step":
+            training.weight.grad = torch.full_like(training.weight, -1.0)
+            training.optimizer.step(closure)
+        elif why == "no optimizers":
+            pending = PendingSave(str(training.folder / "1.pt"))
+            training.saver.save(pending, training.state, MANIFEST)
+            saves.append(pending)
+        else:
+            closure()
+        training.weight.data.fill_(-5)
+
+        assert training.values(saves[0]) == {0.0}
+        assert GatedCopy.let == 0
+
+    def test_small_tensors_do_not_wait(self, train, gate):
+        """
+        What is not the optimizer's may change when save returns, also while the rest waits.
+        """
+        training = train(snapshot="overlap")
+
+        pending = training.save()
+        training.small.fill_(7)
+        training.step()
+
+        pending.result(WAIT)
+        assert load_file(pending.path)[0]["small"].tolist() == [0, 0, 0]
+
+    def test_steps_on(self, train):
+        """
+        Each of many saves holds the values of its own moment.
+        """
+        training = train(snapshot="overlap", max_pending=2)
+
+        saves = []
+        for _ in range(20):
+            training.step()
+            saves.append(training.save())
+        training.step()
+
+        assert [training.values(save) for save in saves] == [{float(n)} for n in range(1, 21)]
+
+
+class TestFailure:
+    @pytest.fixture(name="break_down")
+    def _break_down(self, monkeypatch) -> threading.Event:
+        """While this is set, copies in the background run into an error."""
+        broken = threading.Event()
+
+        class Breaking(BackgroundCopy):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, **options)
+                self.breaks = broken.is_set()
+
+            def run(self) -> None:
+                if self.breaks:
+                    self._moves = (*self._moves, Broken())
+                super().run()
+
+        class Broken:
+            def begin(self) -> None:
+                raise MemoryError("no more of it")
+
+            def hold_back(self) -> None: ...
+
+            def finish(self) -> None: ...
+
+        monkeypatch.setattr(staging_copy, "BackgroundCopy", Breaking)
+        return broken
+
+    def test_while_copying(self, train, break_down):
+        """
+        An error in the background fails that save with its reason; training and later saves go on.
+        """
+        training = train(snapshot="overlap")
+        break_down.set()
+        failing = training.save()
+        break_down.clear()
+        training.step()
+
+        with pytest.raises(CheckpointError, match="no more of it") as caught:
+            failing.result(WAIT)
+
+        assert isinstance(root_of(caught.value), MemoryError)
+        assert not os.path.exists(failing.path)
+        assert training.values(training.save()) == {1.0}
+        assert training.reports == ["checkpoint_failed", "checkpoint_saved"]
+
+    def test_while_copying_is_no_reason_to_distrust_the_loop(self, train, break_down, caplog):
+        """
+        After such an error, saves go on being copied in the background, without a word.
+        """
+        training = train(snapshot="overlap")
+        break_down.set()
+        failing = training.save()
+        break_down.clear()
+        with pytest.raises(CheckpointError):
+            failing.result(WAIT)
+
+        training.save().result(WAIT)
+
+        assert training.saver._last_copy.is_over
+        assert not training.saver._last_copy.was_changed
+        assert "at once" not in caplog.text
+
+    def test_while_collecting(self, train):
+        """
+        A state that cannot be collected fails that save, and the next finds room.
+        """
+        training = train()
+
+        def collect() -> Any:
+            raise LookupError("no state")
+
+        failing = training.save(collect)
+
+        with pytest.raises(CheckpointError, match="global step 1: LookupError: no state") as caught:
+            failing.result(0)
+        assert isinstance(caught.value.__cause__, LookupError)
+        assert training.values(training.save()) == {0.0}
+
+    def test_while_copying_at_once(self, train):
+        """
+        A container that cannot be copied fails that save, and gives the room back.
+        """
+        training = train(snapshot="overlap")
+
+        with pytest.raises(CheckpointError, match="Cannot copy a frozenset"):
+            training.save(lambda: {"weight": training.weight, "odd": frozenset()}).result(0)
+
+        assert training.values(training.save()) == {0.0}
+
+
+class TestTripwire:
+    def test_changed_by_hand(self, train, gate, caplog):
+        """
+        A save whose weight was changed by hand fails and names it; later ones copy at once, said once.
+        """
+        training = train(snapshot="overlap")
+        failing = training.save()
+        with torch.no_grad():
+            training.weight.mul_(0.5)
+        training.step()
+
+        with pytest.raises(CheckpointError) as caught:
+            failing.result(WAIT)
+        cause = root_of(caught.value)
+        assert isinstance(cause, SnapshotChangedError)
+        assert cause.places == ["state['weight']"]
+        gate.clear()
+        saves = []
+        for value in (1.0, 2.0):
+            saves.append(training.save())
+            with torch.no_grad():
+                training.weight.fill_(value + 1)
+
+        assert [training.values(save) for save in saves] == [{1.0}, {2.0}]
+        assert caplog.text.count("Saves copy everything at once from now on") == 1
+
+    def test_names_the_file(self, train, gate):
+        """
+        The failure says which file of which step could not be written, and why.
+        """
+        training = train(snapshot="overlap")
+        failing = training.save()
+        with torch.no_grad():
+            training.weight.mul_(0.5)
+        training.step()
+
+        with pytest.raises(CheckpointError) as caught:
+            failing.result(WAIT)
+
+        assert isinstance(caught.value, CheckpointWriteError)
+        assert isinstance(caught.value.__cause__, SnapshotChangedError)
+        assert (caught.value.path, caught.value.global_step) == (failing.path, 1)
+        assert "state['weight'] changed" in str(caught.value)
+
+    def test_checked(self, train, gate):
+        """
+        With check_snapshots also what leaves no trace on the tensor is named.
+        """
+        training = train(snapshot="overlap", check_snapshots=True)
+        failing = training.save()
+        training.weight.data.fill_(9)
+
+        with contextlib.suppress(SnapshotChangedError):
+            training.step()
+
+        with pytest.raises(CheckpointError, match=r"state\['weight'\]"):
+            failing.result(WAIT)
+
+    def test_checked_after_the_copy(self, train):
+        """
+        A change that came too late to harm the file is raised from the step.
+        """
+        training = train(snapshot="overlap", check_snapshots=True)
+        pending = training.save()
+        assert training.values(pending) == {0.0}
+        training.weight.data.fill_(9)
+
+        with pytest.raises(SnapshotChangedError, match=r"state\['weight'\]"):
+            training.step()
+
+        training.step()
+        assert training.weight.tolist()[0] == 10
+
+
+class TestWaitingForRoom:
+    @pytest.fixture(name="slow_disk")
+    def _slow_disk(self, clock, monkeypatch) -> Callable[[Training], None]:
+        """Let each file be written only when the next save asks for room, which then takes five seconds."""
+
+        def slow(training: Training) -> None:
+            asked = threading.Semaphore(0)
+            admit, commit = training.saver.writer.admit, saver.commit
+
+            def admit_and_tell(pending: PendingSave) -> bool:
+                if training.saver.writer.unfinished:
+                    asked.release()
+                return admit(pending)
+
+            def commit_late(*args: Any, **options: Any) -> Manifest:
+                assert asked.acquire(timeout=WAIT)
+                clock.now += 5
+                return commit(*args, **options)
+
+            monkeypatch.setattr(training.saver.writer, "admit", admit_and_tell)
+            monkeypatch.setattr(saver, "commit", commit_late)
+            slow.last = asked.release
+
+        return slow
+
+    def test_said_once(self, train, slow_disk, caplog):
+        """
+        That a save waited for another is said once, with the options that would change it.
+        """
+        training = train()
+        slow_disk(training)
+
+        for _ in range(4):
+            training.save()
+        slow_disk.last()
+
+        waits = [record for record in caplog.records if "waited" in record.getMessage()]
+        assert len(waits) == 1
+        assert "waited 5.00 s" in waits[0].getMessage()
+        assert "max_pending=2" in waits[0].getMessage()
+        assert "on_busy='skip'" in waits[0].getMessage()
+        assert training.saver.lost.waiting == 15
+
+    def test_no_wait_is_no_news(self, train, clock, caplog):
+        """
+        A save that finds room says nothing.
+        """
+        training = train()
+
+        training.save().result(WAIT)
+
+        assert caplog.text == ""
+        assert training.saver.lost.waiting == 0
+
+    def test_skipped(self, train, slow_disk):
+        """
+        A save that is skipped does not collect the state.
+        """
+        training = train(on_busy="skip")
+        slow_disk(training)
+        training.save()
+        collected = []
+
+        skipped = training.save(lambda: collected.append(1))
+
+        assert skipped.done()
+        assert collected == []
+        assert training.saver.lost.copying == 0
+
+
+class TestLostTime:
+    @pytest.mark.parametrize("mode", ["auto", "overlap"])
+    def test_copying(self, train, clock, mode):
+        """
+        Collecting and copying count, and under auto are said to be what overlap would spare.
+        """
+        training = train(snapshot=mode)
+
+        def collect() -> Any:
+            clock.now += 2
+            return training.state()
+
+        for _ in range(3):
+            training.save(collect).result(WAIT)
+            training.step()
+
+        lost = training.saver.lost
+        assert lost.copying == 6
+        assert lost.overlappable == (6 if mode == "auto" else 0)
+        assert lost.total == lost.waiting + lost.copying + lost.fenced == 6
+
+    def test_copying_what_failed(self, train, clock):
+        """
+        A save that failed on the training thread took its time as well.
+        """
+        training = train()
+
+        def collect() -> Any:
+            clock.now += 2
+            raise LookupError
+
+        with pytest.raises(CheckpointError):
+            training.save(collect).result(0)
+
+        assert training.saver.lost.copying == 2
+
+    def test_not_to_be_spared(self, train, clock):
+        """
+        What an optimizer of another class trains could not be copied in the background.
+        """
+        training = train()
+        training.optimizer = types.SimpleNamespace()
+
+        def collect() -> Any:
+            clock.now += 2
+            return training.state()
+
+        training.save(collect)
+
+        assert (training.saver.lost.copying, training.saver.lost.overlappable) == (2, 0)
+
+    def test_fenced(self, train, clock, gate, monkeypatch):
+        """
+        The time that a step waits for a copy counts, once.
+        """
+        let_change = GatedCopy.let_change
+
+        def slowly(self: GatedCopy) -> None:
+            clock.now += 3
+            let_change(self)
+
+        monkeypatch.setattr(GatedCopy, "let_change", slowly)
+        training = train(snapshot="overlap")
+        training.save()
+
+        training.step()
+        training.step()
+
+        assert training.saver.lost.fenced == 3
+        assert training.saver.lost.total == 3
+
+
+class TestPrepare:
+    @pytest.fixture(name="touching")
+    def _touching(self, monkeypatch) -> threading.Event:
+        """Making memory lasts until it is stopped; this is set when it has begun."""
+        begun = threading.Event()
+
+        def touch(self: StagingBuffer, stop: threading.Event) -> None:
+            begun.set()
+            assert stop.wait(WAIT)
+
+        monkeypatch.setattr(StagingBuffer, "touch", touch)
+        return begun
+
+    def test_made_in_the_background(self, train, monkeypatch):
+        """
+        Memory for such a state is made on another thread, and the first save is copied into it.
+        """
+        touched: list[tuple[str, Any]] = []
+        done = threading.Event()
+        touch = StagingBuffer.touch
+
+        def note(self: StagingBuffer, stop: threading.Event) -> None:
+            touch(self, stop)
+            touched.append((threading.current_thread().name, self.mapping))
+            done.set()
+
+        monkeypatch.setattr(StagingBuffer, "touch", note)
+        training = train()
+
+        training.saver.prepare(training.state)
+        assert done.wait(WAIT)
+        size = training.saver._memory.size
+        pending = training.save()
+
+        assert training.values(pending) == {0.0}
+        assert touched[0][0] == "trainbus-copy"
+        assert len(touched[0][1]) == size == training.saver._memory.size
+        assert size >= 4 * LARGE
+
+    @pytest.mark.parametrize("mode", ["auto", "overlap"])
+    def test_save_meanwhile(self, train, touching, mode):
+        """
+        A save that comes meanwhile stops it and succeeds.
+        """
+        training = train(snapshot=mode)
+        training.saver.prepare(training.state)
+        assert touching.wait(WAIT)
+
+        pending = training.save()
+        training.step()
+
+        assert training.values(pending) == {0.0}
+
+    def test_again_after_saves(self, train, touching):
+        """
+        It may be asked for at any time: while a save holds the memory it does nothing.
+        """
+        training = train()
+        training.saver.prepare(training.state)
+        for _ in range(3):
+            training.save()
+            training.saver.prepare(training.state)
+
+        assert training.values(training.save()) == {0.0}
+
+    @pytest.mark.parametrize("max_pending", [1, 2])
+    def test_twice(self, train, touching, max_pending):
+        """
+        Asked for twice, it keeps no save from being taken.
+        """
+        training = train(max_pending=max_pending)
+        training.saver.prepare(training.state)
+        training.saver.prepare(training.state)
+
+        assert [training.values(training.save()) for _ in range(3)] == [{0.0}] * 3
+
+    # Python warns of every fork beside threads; torch has some.
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    @pytest.mark.parametrize("mode", ["auto", "overlap"])
+    def test_forked_child(self, train, touching, mode):
+        """
+        A child forked meanwhile does not wait for what only its parent's thread would finish.
+        """
+        training = train(snapshot=mode)
+        training.saver.prepare(training.state)
+        assert touching.wait(WAIT)
+
+        def work() -> None:
+            for value in (0.0, 1.0):
+                pending = training.save()
+                training.step()
+                assert training.values(pending) == {value}
+            training.saver.close(WAIT)
+
+        assert in_child(work)
+        assert training.values(training.save()) == {0.0}
+
+
+class TestForkWhileCopying:
+    # Python warns of every fork beside threads; torch has some.
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_child_trains_and_saves(self, train, gate):
+        """
+        A child forked while its parent copies may step at once, and save.
+        """
+        training = train(snapshot="overlap")
+        in_parent = training.save()
+
+        def work() -> None:
+            training.step()
+            assert GatedCopy.let == 0
+            pending = training.save()
+            training.step()
+            assert training.values(pending) == {1.0}
+
+        assert in_child(work)
+        training.step()
+        assert training.values(in_parent) == {0.0}
+
+
+class TestChecksums:
+    def test_options_of_other_code(self, train):
+        """
+        Files have their sums whatever torch's option is, on the thread that asks or on the one that writes.
+        """
+        training = train()
+        before = torch.serialization.get_crc32_options()
+
+        def no_sums(event: str, **fields: Any) -> None:
+            torch.serialization.set_crc32_options(False)
+
+        training.saver.writer._report = no_sums
+        try:
+            torch.serialization.set_crc32_options(False)
+            saves = []
+            for _ in range(2):
+                saves.append(training.save())
+                saves[-1].result(WAIT)
+        finally:
+            torch.serialization.set_crc32_options(before)
+
+        for save in saves:
+            with zipfile.ZipFile(save.path) as file:
+                assert file.testzip() is None
+
+    def test_option_is_left_alone(self, train):
+        """
+        The asking thread's own option stays as it was.
+        """
+        training = train()
+        before = torch.serialization.get_crc32_options()
+        try:
+            torch.serialization.set_crc32_options(False)
+            training.save().result(WAIT)
+
+            assert torch.serialization.get_crc32_options() is False
+        finally:
+            torch.serialization.set_crc32_options(before)
+
+
+def test_copying_thread_ends(train):
+    """
+    A closed saver's copying thread ends.
+    """
+    training = train(snapshot="overlap")
+    training.save()
+    training.step()
+    thread = training.saver._last_copy.thread
+    assert isinstance(thread, threading.Thread)
+    assert background_copy.CopyThread.is_alive(training.saver._stager.thread)
+
+    training.saver.close(WAIT)
+    thread.join(WAIT)
+
+    assert not thread.is_alive()

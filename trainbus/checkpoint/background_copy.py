@@ -1,0 +1,306 @@
+"""The part of a snapshot that is copied after the request, and the thread that copies it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from trainbus.errors import SnapshotChangedError
+
+__all__ = ["BackgroundCopy", "CopyThread", "HostMove", "Move", "Watched"]
+
+_log = logging.getLogger("trainbus")
+
+
+class Move(Protocol):
+    """One batch of bytes on its way into the staging memory."""
+
+    def begin(self) -> None:
+        """Copy, or have a device begin to copy."""
+
+    def hold_back(self) -> None:
+        """Let what the calling thread gives the device from now on wait until the bytes are copied."""
+
+    def finish(self) -> None:
+        """Return when the bytes have arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostMove:
+    """From host memory: over as soon as it was begun."""
+
+    targets: list[torch.Tensor]
+    sources: list[torch.Tensor]
+
+    def begin(self) -> None:
+        # One call for all: a Python loop over small tensors would take far longer than their bytes.
+        torch._foreach_copy_(self.targets, self.sources)
+
+    def hold_back(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class Watched:
+    """
+    A tensor that nothing but an optimizer's step is to change until it is copied.
+
+    Its version counter and the place of its memory are a tripwire, no proof: fused optimizers,
+    batch normalization and ``.data`` change memory and leave both as they are.
+
+    Args:
+        owner: The tensor that the optimizer holds.
+        copy: Its place on the snapshot.
+        checked: Keep the values of this moment, to compare with later: the proof, for a second
+            copy's time and memory.
+    """
+
+    def __init__(self, owner: torch.Tensor, copy: torch.Tensor, *, checked: bool = False) -> None:
+        self.copy = copy
+        self._owner = owner
+        self._stamp = self._stamp_now()
+        self._values = owner.detach().to("cpu", copy=True) if checked else None
+
+    def _stamp_now(self) -> tuple[int, int]:
+        return self._owner._version, self._owner.data_ptr()
+
+    def is_changed(self) -> bool:
+        """Tell whether somebody wrote to the tensor since."""
+        if self._stamp != self._stamp_now():
+            return True
+        return self._values is not None and not _same_bytes(self._owner.detach().cpu(), self._values)
+
+    def is_torn(self) -> bool:
+        """Tell whether the copy, now complete, differs from the values of the request."""
+        return self._values is not None and not _same_bytes(self.copy.detach(), self._values)
+
+
+class BackgroundCopy:
+    """
+    What is left to copy of one snapshot.
+
+    The copying thread runs it; whoever is about to change the tensors calls `let_change` first;
+    whoever needs the bytes calls `wait`.
+
+    Args:
+        moves: Those that only wait for devices first, that this thread's work does not delay them.
+        watched: Tensors that must not change meanwhile.
+        place_of: Names a tensor of the snapshot for an error.
+        checked: Hold the tensors until `let_change`, also when the copy is complete by then.
+    """
+
+    def __init__(
+        self,
+        moves: Sequence[Move],
+        watched: Sequence[Watched] = (),
+        place_of: Callable[[torch.Tensor], str] = repr,
+        *,
+        checked: bool = False,
+    ) -> None:
+        self.thread: threading.Thread | None = None
+        self._moves: Sequence[Move] = moves
+        self._watched: Sequence[Watched] = watched
+        self._place_of = place_of
+        self._checked = checked
+        self._passed = False  # `let_change` has compared the live tensors
+        self._error: BaseException | None = None
+        self._begun = threading.Event()
+        self._arrived = threading.Event()
+        self._judging = threading.Lock()
+        self._judged = False
+
+    def run(self) -> None:
+        """Copy. On the copying thread; what goes wrong is kept for `wait`."""
+        try:
+            # Inference tensors could not be written to by the next save.
+            with torch.inference_mode(False), torch.no_grad():
+                for move in self._moves:
+                    move.begin()
+                self._begun.set()
+                for move in self._moves:
+                    move.finish()
+                self._judge()
+                self._find_torn()
+        except BaseException as error:
+            self._error = self._error or error
+        finally:
+            self._end()
+
+    def let_change(self) -> None:
+        """
+        Return when the tensors may be changed by this thread or what it gives to devices.
+
+        Blocks for copies of host memory; a device's work is made to wait on the device.
+
+        Raises:
+            SnapshotChangedError: Only where the copy is checked: a tensor was changed before.
+        """
+        self._wait_for(self._begun)
+        for move in self._moves:
+            move.hold_back()
+        # Before the change that the caller is about to make; afterwards it would look like one by hand.
+        self._judge()
+        if self._checked and not self._passed:
+            changed = self._find_changed()
+            self._passed = True
+            if self._arrived.is_set():
+                self._watched = ()
+            if changed:
+                self._error = self._error or SnapshotChangedError(changed)
+                raise SnapshotChangedError(changed)
+
+    @property
+    def is_over(self) -> bool:
+        """True when nobody has to wait for it any more. Never blocks."""
+        return self._arrived.is_set() and (self._passed or not self._checked)
+
+    @property
+    def was_changed(self) -> bool:
+        """True when it failed because a tensor was changed by hand."""
+        return isinstance(self._error, SnapshotChangedError)
+
+    def wait_until_arrived(self) -> None:
+        """Block until the memory it copies from and to is not used any more, however it ended."""
+        self._wait_for(self._arrived)
+
+    def wait(self) -> None:
+        """
+        Block until all bytes have arrived.
+
+        Raises:
+            SnapshotChangedError: A tensor was changed before it was copied.
+            Exception: What went wrong on the copying thread.
+        """
+        self._wait_for(self._arrived)
+        if self._error is not None:
+            raise self._error
+
+    def give_up(self, error: BaseException) -> None:
+        """Let nobody wait for what will not be run."""
+        self._error = self._error or error
+        self._end()
+
+    def _end(self) -> None:
+        # The live tensors may be freed from now on.
+        self._moves = ()
+        if self._passed or not self._checked or self._error is not None:
+            self._watched = ()
+        self._begun.set()
+        self._arrived.set()
+
+    def _wait_for(self, event: threading.Event) -> None:
+        while not event.wait(1.0):
+            thread = self.thread
+            if thread is not None and not thread.is_alive() and not event.is_set():
+                self.give_up(RuntimeError("the thread that copies snapshots has died"))
+
+    def _judge(self) -> None:
+        """Look once whether a tensor was changed: before it may be, or when it is copied."""
+        with self._judging:
+            if not self._judged:
+                self._judged = True
+                changed = self._find_changed()
+                if changed:
+                    self._error = self._error or SnapshotChangedError(changed)
+
+    def _find_changed(self) -> list[str]:
+        return [self._place_of(watched.copy) for watched in self._watched if watched.is_changed()]
+
+    def _find_torn(self) -> None:
+        torn = [self._place_of(watched.copy) for watched in self._watched if watched.is_torn()]
+        if torn:
+            self._error = self._error or SnapshotChangedError(torn)
+
+
+class CopyThread:
+    """
+    The one thread that copies in the background, in the order it is asked to.
+
+    It has no file to wait for, so neither has who waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._begin_empty()
+        _ALL.add(self)
+
+    def _begin_empty(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread, unless it runs."""
+        if self._thread is None:
+            name = "trainbus-copy"
+            ready = threading.Event()
+            thread = threading.Thread(target=_run, args=(self._jobs, ready), name=name, daemon=True)
+            threads_of_others = torch.get_num_threads()
+            thread.start()
+            ready.wait()
+            # The call on that thread has also set what threads to come begin with.
+            torch.set_num_threads(threads_of_others)
+            self._thread = thread
+
+    def close(self) -> None:
+        """Let the thread end after what it was given. Does not wait for it."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread = None
+
+    def is_alive(self) -> bool:
+        """Tell whether the thread runs; not in a forked child."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def carry_out(self, copy: BackgroundCopy) -> None:
+        """Run *copy* on the thread."""
+        copy.thread = self._thread
+        self.call(copy.run)
+
+    def call(self, job: Callable[[], None]) -> None:
+        """Have the thread call *job*; what it raises is logged."""
+        self._jobs.put(job)
+
+
+def _run(jobs: queue.SimpleQueue[Callable[[], None] | None], ready: threading.Event) -> None:
+    # A second team of OpenMP threads beside the training's would fight it for the same cores.
+    torch.set_num_threads(1)
+    ready.set()
+    while (job := jobs.get()) is not None:
+        try:
+            job()
+        except Exception:
+            # The thread has to be there for the next snapshot.
+            _log.exception("What was to be done behind a snapshot failed.")
+        # Not until the next one comes: it holds the tensors.
+        del job
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    # As bytes, for a NaN is not equal to itself.
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+_ALL: weakref.WeakSet[CopyThread] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for thread in list(_ALL):
+        thread._begin_empty()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
