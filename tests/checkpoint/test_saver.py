@@ -128,6 +128,9 @@ def in_child(work: Callable[[], None]) -> bool:
     child = os.fork()
     if child == 0:
         signal.alarm(WAIT)
+        # OpenMP's threads do not live in a forked child, and it would wait for them; a DataLoader's
+        # workers do the same.
+        torch.set_num_threads(1)
         with contextlib.suppress(BaseException):
             work()
             os._exit(0)

@@ -189,7 +189,14 @@ class Saver:
             self._last_copy = snapshot.copy
             if snapshot.waits:
                 fence.hold(snapshot.copy, self._charge)
-        self._stager.begin(snapshot)
+        try:
+            self._stager.begin(snapshot)
+        except BaseException as error:
+            # Nobody will run it, and steps would wait for it.
+            if snapshot.copy is not None:
+                snapshot.copy.give_up(error)
+            snapshot.release()
+            raise
         return snapshot
 
     def _may_overlap(self) -> bool:
