@@ -23,6 +23,7 @@ __all__ = ["measure"]
 
 _CHUNK = 8 << 20
 _REPEATS = 3
+_RATIO_REPEATS = 7  # of a few milliseconds each, on a small state
 
 
 def measure(workload: Workload, folder: str) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def load_times(workload: Workload, folder: str) -> dict[str, float]:
     path = os.path.join(folder, "load")
     trainbus.save(workload.state(), path)
     found: dict[str, list[float]] = {"torch": [], "trainbus": []}
-    for _ in range(_REPEATS + 1):
+    for _ in range(_RATIO_REPEATS + 1):
         found["torch"].append(_seconds(lambda: torch.load(path, map_location="cpu", weights_only=True)))
         found["trainbus"].append(_seconds(lambda: trainbus.load(path)))
     os.remove(path)
@@ -122,7 +123,7 @@ def fork_times(workload: Workload, folder: str) -> dict[str, float]:
     """
     path = os.path.join(folder, "fork")
     found: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(_REPEATS):
+    for _ in range(_RATIO_REPEATS):
         # The first one after a fork may pay for it even when the children are gone.
         _save_call(workload, path)
         found["without"].append(_save_call(workload, path))
