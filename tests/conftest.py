@@ -8,6 +8,15 @@ import logging
 import pytest
 
 
+def pytest_runtest_setup(item):
+    """Skip what needs a CUDA device where there is none, also when it was asked for by its marker."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+
+
 @pytest.fixture
 def unconfigured_logging(monkeypatch):
     """Cut the logger off from the root, where pytest has handlers that would count as configured logging."""

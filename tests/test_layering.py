@@ -95,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.claims",
         "trainbus.checkpoint.",
         "trainbus.loop.moments",
+        "trainbus.loop.unread_metrics",
         "trainbus.state.plain_types",
         "trainbus.save_load",
     },

@@ -67,7 +67,7 @@ def save_async(obj: Any, path: str | os.PathLike[str]) -> PendingSave:
     plain = to_plain(obj)
     pending = PendingSave(os.path.expanduser(os.fspath(path)))
     manifest = Manifest(contents="object", run_id=_RUN_ID, created=time.time(), versions=versions())
-    _saver().save(pending, lambda: plain, manifest)
+    _saver().save(pending, lambda: plain, lambda: manifest)
     return pending
 
 

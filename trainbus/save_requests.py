@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from trainbus.checkpoint.file_format import Manifest
@@ -15,6 +15,7 @@ from trainbus.checkpoint.saver import Saver
 from trainbus.claims import claim
 from trainbus.errors import CheckpointSkipped, HandlerClosedError
 from trainbus.loop.moments import Moments
+from trainbus.loop.unread_metrics import UnreadMetrics
 from trainbus.save_load import versions
 from trainbus.state.plain_types import to_plain
 
@@ -49,6 +50,7 @@ class _Accepted:
     pending: PendingSave
     weights_only: bool
     request: SaveRequest
+    metrics: UnreadMetrics
 
 
 class SaveRequests:
@@ -87,15 +89,15 @@ class SaveRequests:
         if handler.rank != 0:
             return PendingSave.nothing()
         claim(os.path.abspath(target), handler)
-        numbers = {n: float(v) for n, v in request.logs.items() if isinstance(v, (int, float))}
+        metrics = UnreadMetrics(request.logs)
         pending = PendingSave(
             target,
             epoch=self._progress.epoch,
             global_step=self._progress.global_step,
             stream=request.stream,
-            logs=numbers,
+            logs=metrics.known,
         )
-        accepted = _Accepted(pending, weights_only, request)
+        accepted = _Accepted(pending, weights_only, request, metrics)
         if postpone and self._moments.must_wait:
             self._postponed.append(accepted)
         else:
@@ -137,7 +139,6 @@ class SaveRequests:
             sequence=self._next_sequence(pending.path or ""),
             epoch=pending.epoch,
             global_step=pending.global_step,
-            logs=dict(pending.logs),
             monitor=request.monitor,
             mode=request.mode,
             score=request.score,
@@ -145,10 +146,16 @@ class SaveRequests:
             config=handler.config,
             versions=versions(),
         )
+
+        def manifest_with_metrics() -> Manifest:
+            # On the writer thread: the training one must not wait for a device to compute them.
+            pending.logs = accepted.metrics.read()
+            return replace(manifest, logs=dict(pending.logs))
+
         self._saver.save(
             pending,
             lambda: to_plain(handler.collect(accepted.weights_only)),
-            manifest,
+            manifest_with_metrics,
             removals=request.removals,
             optimizers=self._moments.optimizers_before_step,
         )

@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from trainbus.errors import did_you_mean
@@ -96,7 +96,14 @@ class NameTemplate:
         return tuple(part.name for part in self._parts if isinstance(part, _Field))
 
     def fill(
-        self, *, epoch: int, batch: int, global_step: int, logs: Mapping[str, float], batch_mode: bool = False
+        self,
+        *,
+        epoch: int,
+        batch: int,
+        global_step: int,
+        logs: Mapping[str, float],
+        known: Iterable[str] = (),
+        batch_mode: bool = False,
     ) -> FilledName:
         """
         Return the path of a save and the fields that had no value.
@@ -108,13 +115,14 @@ class NameTemplate:
             epoch: 1-based.
             batch: Training batches completed in this epoch.
             global_step: Training batches completed over the run.
-            logs: Metrics by name.
+            logs: The metrics among `fields`, by name.
+            known: Names of all metrics, to tell a misspelt field's label by.
             batch_mode: Whether saves happen between the ends of epochs.
         """
         values: dict[str, float] = {**logs, "epoch": epoch, "batch": batch, "global_step": global_step}
         missing = tuple(name for name in self.fields if name not in values)
         suffix = self._suffix(str(epoch), str(global_step) if batch_mode else None) if missing else ""
-        nearest = {name: _nearest(name, logs) for name in missing}
+        nearest = {name: _nearest(name, {*known, *logs}) for name in missing}
         name = self._assemble([_value(field, values) for field in self._fields()], suffix, nearest)
         if len(os.fsencode(name)) > MAX_NAME_BYTES:
             short = [_value(field._replace(spec=_SHORT_SPEC), values) for field in self._fields()]
@@ -256,9 +264,9 @@ def _value(field: _Field, values: Mapping[str, float]) -> str | None:
     return _UNSAFE.sub("_", format(value, field.spec))
 
 
-def _nearest(name: str, logs: Mapping[str, float]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     # did_you_mean gives a sentence; the name is what stands between its quotes.
-    return did_you_mean(name, logs).partition("'")[2].rpartition("'")[0]
+    return did_you_mean(name, known).partition("'")[2].rpartition("'")[0]
 
 
 def _label(text: str, field: str, nearest: str | None) -> str:

@@ -224,10 +224,12 @@ class ModelCheckpoint(Callback):
         self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
     ) -> None:
         """Save if this event's metric allows it."""
-        floats, unusable = floats_of(logs)
+        # What nobody asks for is not read: reading a tensor waits for the device it is on.
+        asked = {self.monitor, *self._template.fields}
+        floats, unusable = floats_of({name: logs[name] for name in logs if name in asked})
         score = floats.get(self.monitor) if self.monitor is not None else None
         wanted = self._wants(score)
-        self._warn_of_metric(score, wanted, floats, unusable)
+        self._warn_of_metric(score, wanted, logs, unusable)
         if not wanted:
             return
         name = self._template.fill(
@@ -235,12 +237,13 @@ class ModelCheckpoint(Callback):
             batch=batch + 1,
             global_step=global_step,
             logs=floats,
+            known=logs,
             batch_mode=self._every is not None,
         )
-        self._warn_of_missing_fields(name, floats, unusable)
+        self._warn_of_missing_fields(name, logs, unusable)
         self._warn_of_other_runs(handler)
         moment = f"epoch {epoch + 1}" if self._every is None else f"step {global_step}"
-        self._save(handler, name.path, epoch, global_step, floats, score, moment)
+        self._save(handler, name.path, epoch, global_step, logs, score, moment)
 
     def _wants(self, score: float | None) -> bool:
         if not self._ledger.gate(score):
@@ -253,7 +256,7 @@ class ModelCheckpoint(Callback):
         path: str,
         epoch: int,
         global_step: int,
-        logs: Mapping[str, float],
+        logs: Mapping[str, Any],
         score: float | None,
         moment: str,
     ) -> None:
@@ -293,7 +296,7 @@ class ModelCheckpoint(Callback):
     # -- what the user should know; each is said once
 
     def _warn_of_metric(
-        self, score: float | None, wanted: bool, floats: Mapping[str, float], unusable: Mapping[str, Any]
+        self, score: float | None, wanted: bool, logs: Mapping[str, Any], unusable: Mapping[str, Any]
     ) -> None:
         if self.monitor is None:
             return
@@ -305,17 +308,17 @@ class ModelCheckpoint(Callback):
         expected = self._every is None or self.save_best_only or self.monitor in unusable
         if expected and self._is_new(f"metric {self.monitor}"):
             _warn(
-                f"{self.state_key} cannot judge by {_reason(self.monitor, floats, unusable)} "
+                f"{self.state_key} cannot judge by {_reason(self.monitor, logs, unusable)} "
                 f"{'It saves all the same.' if wanted else 'It saves nothing until the metric is there.'}"
             )
 
     def _warn_of_missing_fields(
-        self, name: FilledName, floats: Mapping[str, float], unusable: Mapping[str, Any]
+        self, name: FilledName, logs: Mapping[str, Any], unusable: Mapping[str, Any]
     ) -> None:
         for field in name.missing:
             if self._is_new(f"field {field}"):
                 _warn(
-                    f"The file name {self._template.last!r} cannot hold {_reason(field, floats, unusable)} "
+                    f"The file name {self._template.last!r} cannot hold {_reason(field, logs, unusable)} "
                     f"It goes without: {os.path.basename(name.path)!r}."
                 )
 
@@ -343,11 +346,11 @@ def _decides(handler: Any) -> bool:
     return bool(handler.rank == 0)
 
 
-def _reason(name: str, floats: Mapping[str, float], unusable: Mapping[str, Any]) -> str:
+def _reason(name: str, logs: Mapping[str, Any], unusable: Mapping[str, Any]) -> str:
     if name in unusable:
         return f"{name!r}: its value is {reprlib.repr(unusable[name])}, which is not one real number."
-    known = ", ".join([*floats, *unusable]) or "none"
-    return f"{name!r}: it is not among the logs.{did_you_mean(name, floats)} Available: {known}."
+    known = ", ".join(logs) or "none"
+    return f"{name!r}: it is not among the logs.{did_you_mean(name, logs)} Available: {known}."
 
 
 def _warn(message: str) -> None:

@@ -153,46 +153,35 @@ class TestFilePath:
             end_epoch(handler, 0, grade=value)
 
         assert paths(handler) == ["m_epoch1.pt"]
-        assert handler.saves[0].logs == {}
 
 
 class TestMonitor:
-    def test_numbers(self):
+    @pytest.mark.parametrize(
+        "kind", ["python", "numpy scalar", "numpy 0d", "numpy 1d", "torch 0d", "parameter", "bfloat16"]
+    )
+    def test_numbers(self, kind):
         """
-        Tensors and NumPy values of one element become Python floats, once, before all else.
+        The monitored metric may be a number, or a tensor or NumPy value of one element.
         """
         numpy = pytest.importorskip("numpy")
         torch = pytest.importorskip("torch")
-        values = {
-            "python": 1,
-            "flag": True,
-            "numpy_scalar": numpy.float32(0.5),
-            "numpy_0d": numpy.array(0.25),
-            "numpy_1d": numpy.array([0.125]),
-            "torch_0d": torch.tensor(0.5, requires_grad=True),
-            "torch_1d": torch.nn.Parameter(torch.tensor([0.75])),
-            "val_loss": torch.tensor(0.5, dtype=torch.bfloat16),
-            "vector": torch.zeros(2),
-            "no_number": numpy.array(["x"]),
-        }
+        value = {
+            "python": 0.5,
+            "numpy scalar": numpy.float32(0.5),
+            "numpy 0d": numpy.array(0.5),
+            "numpy 1d": numpy.array([0.5]),
+            "torch 0d": torch.tensor(0.5, requires_grad=True),
+            "parameter": torch.nn.Parameter(torch.tensor([0.5])),
+            "bfloat16": torch.tensor(0.5, dtype=torch.bfloat16),
+        }[kind]
         handler = FakeHandler()
-        handler.add_callback(ModelCheckpoint("m_{torch_1d:.2f}.pt", "val_loss"))
+        handler.add_callback(ModelCheckpoint("m_{val_loss:.2f}.pt", "val_loss"))
 
-        end_epoch(handler, 0, **values)
+        end_epoch(handler, 0, val_loss=value)
 
         save = handler.saves[0]
-        assert save.path == "m_0.75.pt"
-        assert save.logs == {
-            "python": 1.0,
-            "flag": 1.0,
-            "numpy_scalar": 0.5,
-            "numpy_0d": 0.25,
-            "numpy_1d": 0.125,
-            "torch_0d": 0.5,
-            "torch_1d": 0.75,
-            "val_loss": 0.5,
-        }
-        assert {type(value) for value in [*save.logs.values(), save.score]} == {float}
+        assert save.path == "m_0.50.pt"
+        assert save.score == 0.5 and type(save.score) is float
 
     def test_in_place_metric(self):
         """
@@ -604,6 +593,40 @@ class TestSaveFreq:
         end_epoch(handler, 0, loss=0.5)
 
         assert handler.saves == []
+
+
+class TestMetricsOnADevice:
+    class Log:
+        """A metric that only waiting for a device would turn into a number."""
+
+        reads = 0
+
+        def numel(self):
+            return 1
+
+        def item(self):
+            self.reads += 1
+            return 0.5
+
+    def test_are_not_read_unless_asked_for(self):
+        """A save between epochs reads no metric that neither its name nor its decision needs."""
+        loss, accuracy, grad_norm = self.Log(), self.Log(), self.Log()
+        handler = FakeHandler()
+        handler.add_callback(ModelCheckpoint("{loss:.1f}.pt", monitor="accuracy", save_freq=1))
+        end_batch(handler, 1, loss=loss, accuracy=accuracy, grad_norm=grad_norm)
+
+        assert paths(handler) == ["0.5.pt"]
+        assert loss.reads == 1 and accuracy.reads >= 1
+        assert grad_norm.reads == 0
+
+    def test_go_with_the_save(self):
+        """The save is given all metrics, also those that were not read for its name."""
+        grad_norm = self.Log()
+        handler = FakeHandler()
+        handler.add_callback(ModelCheckpoint("{global_step}.pt", save_freq=1))
+        end_batch(handler, 1, grad_norm=grad_norm)
+
+        assert handler.saves[0].logs["grad_norm"] is grad_norm
 
 
 class TestAccumulation:

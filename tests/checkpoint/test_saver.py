@@ -61,7 +61,7 @@ class Training:
         """Ask for a save as between two steps."""
         self.count += 1
         pending = PendingSave(str(self.folder / f"{self.count}.pt"), global_step=self.count)
-        self.saver.save(pending, collect or self.state, MANIFEST, optimizers=[self.optimizer])
+        self.saver.save(pending, collect or self.state, lambda: MANIFEST, optimizers=[self.optimizer])
         return pending
 
     def step(self) -> None:
@@ -236,7 +236,7 @@ class TestFence:
             training.optimizer.step(closure)
         elif why == "no optimizers":
             pending = PendingSave(str(training.folder / "1.pt"))
-            training.saver.save(pending, training.state, MANIFEST)
+            training.saver.save(pending, training.state, lambda: MANIFEST)
             saves.append(pending)
         else:
             closure()

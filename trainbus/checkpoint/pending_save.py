@@ -24,7 +24,8 @@ class PendingSave:
         epoch: 0-based epoch in which it was asked for.
         global_step: Training batches completed over the run by then.
         stream: Key of the callback that asked, or empty.
-        logs: Metrics at that moment.
+        logs: Metrics at that moment. Those that a GPU was still computing are in it once the
+            writer has read them, which is before the save is durable.
         requested: ``time.monotonic()`` of the request, in seconds.
     """
 

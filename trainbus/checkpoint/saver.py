@@ -87,7 +87,7 @@ class Saver:
         self,
         pending: PendingSave,
         collect: Callable[[], Any],
-        manifest: Manifest,
+        manifest: Callable[[], Manifest],
         *,
         removals: Sequence[str] = (),
         optimizers: Iterable[Any] = (),
@@ -102,7 +102,8 @@ class Saver:
         Args:
             pending: Learns what becomes of the save; also of a failure in here.
             collect: Called on this thread, once there is room, for the state, as `to_plain` makes it.
-            manifest: Everything the file will say of itself but size and digest.
+            manifest: Called on the writer thread, for everything the file will say of itself but
+                size and digest.
             removals: Files to remove once this one is durable.
             optimizers: Those whose next step nothing but forward and backward passes comes before.
         """
@@ -130,7 +131,7 @@ class Saver:
         def write() -> Manifest:
             snapshot.wait()
             return commit(
-                path, manifest, lambda stream: _serialize(snapshot.state, stream), writers=self._chunks
+                path, manifest(), lambda stream: _serialize(snapshot.state, stream), writers=self._chunks
             )
 
         self.writer.submit(pending, write, removals=removals, release=snapshot.release)

@@ -52,6 +52,12 @@ class RunningMean:
         weight = float(self.weight)
         return float(self.total) / weight if weight else float("nan")
 
+    def unread(self) -> float | torch.Tensor:
+        """Return the mean, as a 0-dim tensor of its own if a device computes it. Never waits for one."""
+        if isinstance(self.total, torch.Tensor) or isinstance(self.weight, torch.Tensor):
+            return torch.as_tensor(self.total / self.weight)
+        return self.value()
+
 
 class Logs(Mapping[str, Any]):
     """
@@ -85,6 +91,13 @@ class Logs(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"Logs({dict(self)})"
+
+    def unread(self) -> dict[str, Any]:
+        """Return the values as they are: floats, or 0-dim tensors that nobody has read yet."""
+        return {
+            name: value.unread() if isinstance(value, RunningMean) else value
+            for name, value in self._values.items()
+        }
 
     def put(self, name: str, value: Any) -> None:
         """Add or replace one metric; for the loop, not for receivers."""
