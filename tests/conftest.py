@@ -7,6 +7,15 @@ import logging
 
 import pytest
 
+from trainbus.checkpoint import interpreter_exit
+
+
+def pytest_addoption(parser):
+    """Let the long tests be made longer."""
+    parser.addoption(
+        "--runs", type=int, default=None, help="repetitions of each test that is a matter of chance"
+    )
+
 
 def pytest_runtest_setup(item):
     """Skip what needs a CUDA device where there is none, also when it was asked for by its marker."""
@@ -15,6 +24,12 @@ def pytest_runtest_setup(item):
 
         if not torch.cuda.is_available():
             pytest.skip("there is no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _no_failure_is_told_at_exit(monkeypatch):
+    """Keep the saves that a test makes fail from becoming the exit code of pytest."""
+    monkeypatch.setattr(interpreter_exit, "_failures", [])
 
 
 @pytest.fixture

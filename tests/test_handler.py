@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import gc
 import logging
+import os
 import re
 import threading
 import weakref
@@ -69,7 +70,7 @@ def failing_disk(monkeypatch):
 
     def fsync(self, *args):
         if state["errno"] is not None:
-            raise OSError(state["errno"], "injected")
+            raise OSError(state["errno"], os.strerror(state["errno"]))
         return real(self, *args)
 
     monkeypatch.setattr(disk.Disk, "fsync", fsync)
@@ -816,6 +817,16 @@ class TestLeaving:
 
         assert first.closed and not second.closed
         assert "the earlier one is closed" in caplog.text
+        second.close()
+
+    def test_second_handler_on_a_template_closes_the_first(self, tmp_path, caplog):
+        """A cell run again with a ModelCheckpoint: the new run has the template, the old one is finished."""
+        first, second = make(), make()
+        for handler in (first, second):
+            handler.add_callback(ModelCheckpoint(tmp_path / "{epoch}.pt"))
+            handler.emit("train_begin")
+
+        assert first.closed and not second.closed
         second.close()
 
     def test_second_handler_on_a_bus_closes_the_first(self):

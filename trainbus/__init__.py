@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trainbus.checkpoint.pending_save import PendingSave as PendingSave
     from trainbus.errors import CheckpointCorruptError as CheckpointCorruptError
     from trainbus.errors import CheckpointError as CheckpointError
+    from trainbus.errors import CheckpointLockedError as CheckpointLockedError
     from trainbus.errors import CheckpointSkipped as CheckpointSkipped
     from trainbus.errors import CheckpointWriteError as CheckpointWriteError
     from trainbus.errors import SnapshotChangedError as SnapshotChangedError
@@ -41,6 +42,7 @@ _HOME = {
     "CheckpointError": "errors",
     "CheckpointFile": "checkpoint.folder",
     "CheckpointFolder": "checkpoint.folder",
+    "CheckpointLockedError": "errors",
     "CheckpointSkipped": "errors",
     "CheckpointWriteError": "errors",
     "EventBus": "bus",

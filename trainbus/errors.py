@@ -13,6 +13,7 @@ from collections.abc import Iterable
 __all__ = [
     "CheckpointCorruptError",
     "CheckpointError",
+    "CheckpointLockedError",
     "CheckpointSkipped",
     "CheckpointWriteError",
     "HandlerClosedError",
@@ -24,6 +25,7 @@ __all__ = [
     "TrainbusError",
     "UnknownEventError",
     "UnsavableStateError",
+    "UnsyncedNameError",
     "UntrustedPickleError",
     "WrongThreadError",
     "did_you_mean",
@@ -92,9 +94,29 @@ class CheckpointError(TrainbusError):
     seen: bool = False
 
 
+class UnsyncedNameError(TrainbusError, OSError):
+    """A file is written and in its place, and the folder could not be synced: a power cut may undo that."""
+
+
+class CheckpointLockedError(CheckpointError, BlockingIOError):
+    """
+    Another process writes files of the same name template.
+
+    Attributes:
+        path: The lock file.
+    """
+
+    def __init__(self, path: str, template: str, holder: str) -> None:
+        self.path = path
+        super().__init__(
+            f"Cannot save under {template!r}: {holder} does. Two runs would overwrite each other's files; "
+            "stop it, use another folder or name, or shared=True if that is meant."
+        )
+
+
 class CheckpointWriteError(CheckpointError, OSError):
     """
-    A checkpoint could not be written. What stood under its name before is untouched.
+    A checkpoint could not be written, or not durably: the message says what stands under its name.
 
     Attributes:
         path: The file that was to be written.
@@ -102,14 +124,20 @@ class CheckpointWriteError(CheckpointError, OSError):
         errno: The operating system's number, or None if it was no `OSError`.
     """
 
-    def __init__(self, path: str, global_step: int, cause: BaseException) -> None:
+    def __init__(self, path: str, global_step: int, cause: BaseException, *, tries: int = 1) -> None:
         self.path = path
         self.global_step = global_step
-        number = cause.errno if isinstance(cause, OSError) else None
-        reason = f"[Errno {number}] {os.strerror(number)}" if number else f"{type(cause).__name__}: {cause}"
+        reason, number = f"{type(cause).__name__}: {cause}", None
+        if isinstance(cause, OSError) and cause.errno:
+            number = cause.errno
+            reason = f"[Errno {number}] {cause.strerror or os.strerror(number)}"
+        reason += f" (tried {tries} times)" if tries > 1 else ""
+        there = "the previous file, if any, is untouched"
+        if isinstance(cause, UnsyncedNameError):
+            there = "the new file is there, but a power cut may bring the previous one back"
         super().__init__(
             f"Cannot write checkpoint {path!r} of global step {global_step}: {reason}. "
-            "Training state is unharmed and the previous file, if any, is untouched."
+            f"Training state is unharmed and {there}."
         )
         # OSError.__init__ with one argument leaves errno None; set it afterwards.
         self.errno = number

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from types import TracebackType
 from typing import Any, TypeVar
 
-from trainbus import ranks
 from trainbus.bus import EventBus
 from trainbus.callback import Callback
 from trainbus.checkpoint import fence
@@ -18,12 +17,13 @@ from trainbus.checkpoint.file_format import Manifest, fit_manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.saver import Saver
 from trainbus.checkpoint.stats import CheckpointStats
-from trainbus.errors import UnsavableStateError
+from trainbus.errors import CheckpointWriteError, UnsavableStateError
 from trainbus.leaving import announce_and_leave, note_failures, raise_held_back
 from trainbus.loading import load_newest, read_state
 from trainbus.loop.fit import fit
 from trainbus.loop.generators import Loop
 from trainbus.loop.moments import Moments
+from trainbus.run_position import RunPosition
 from trainbus.save_reports import SaveReports, weak_post
 from trainbus.save_requests import SaveRequest, SaveRequests
 from trainbus.state.collect import Parts, check_parts, collect, collect_weights, restore
@@ -38,7 +38,7 @@ C = TypeVar("C", bound=Callback)
 logger = logging.getLogger("trainbus")
 
 
-class Handler:
+class Handler(RunPosition):
     """
     One training run: what it trains, the bus it speaks on, and its checkpoints.
 
@@ -66,6 +66,8 @@ class Handler:
         check_snapshots: Compare what is copied in the background with a copy made at once, and name
             what something else than an optimizer changed; for trying out ``"overlap"``.
         on_write_error: ``"raise"`` a failed save at the next event, or ``"warn"`` only.
+        write_timeout: Seconds in which the disk may take no byte of a file before the save counts as
+            failed; whoever waits for it goes on.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Handler:
         device_snapshot: str | bool = "auto",
         check_snapshots: bool = False,
         on_write_error: str = "raise",
+        write_timeout: float = 600.0,
     ) -> None:
         fit_manifest(Manifest(contents="state", config=config))  # refuses what would not fit into one
         if on_write_error not in ("raise", "warn"):
@@ -114,6 +117,7 @@ class Handler:
             snapshot=snapshot,
             device_snapshot=device_snapshot,
             check_snapshots=check_snapshots,
+            write_timeout=write_timeout,
         )
         self._saves = SaveRequests(self, self._moments, self._saver)
         self._reports = SaveReports(self.bus, raises=on_write_error == "raise")
@@ -134,48 +138,6 @@ class Handler:
     def optimizer(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._moments.watch(optimizer)
-
-    # -- where the run stands
-
-    @property
-    def rank(self) -> int:
-        """This process's rank; 0 when training is not distributed."""
-        return ranks.rank()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch under way, or the next one; 0-based."""
-        return self._moments.progress.epoch
-
-    @property
-    def batch(self) -> int:
-        """Index of the training batch at hand or the last one, in its epoch; 0-based, also after a resume."""
-        return self._moments.progress.batch
-
-    @property
-    def global_step(self) -> int:
-        """Training batches completed over the whole run, those before a resume included."""
-        return self._moments.progress.global_step
-
-    @property
-    def total_epochs(self) -> int | None:
-        """What `epochs` was asked for; None before, and under `steps`."""
-        return self._moments.progress.total_epochs
-
-    @property
-    def total_batches(self) -> int | None:
-        """Length of the training loader opened last; None before, and for one without a length."""
-        return self._loop.total_batches
-
-    @property
-    def accumulating(self) -> bool:
-        """True in a batch whose gradients no optimizer has used yet: `save_async` would wait for the step."""
-        return self._moments.accumulating
-
-    @property
-    def saves_in_flight(self) -> int:
-        """Saves asked for and not yet durable, skipped or failed."""
-        return len(self._saver.writer.unfinished) + self._saves.postponed
 
     # -- events
 
@@ -341,6 +303,24 @@ class Handler:
         if self.rank == 0:
             self._saver.prepare(lambda: self.collect(weights_only))
 
+    def reserve(self, folder: str | os.PathLike[str], template: str) -> None:
+        """
+        Keep other processes from saving under this name template, until `close`; `ModelCheckpoint` does.
+
+        Takes an advisory lock on a hidden file in *folder*, which is made if missing. An earlier handler
+        of this process that has it is closed. Does nothing on ranks other than 0.
+
+        Raises:
+            CheckpointLockedError: Another process has it; says which, on which host and since when.
+            CheckpointWriteError: Nothing can be written there, and ``on_write_error`` is ``"raise"``.
+        """
+        if self.rank != 0:
+            return
+        try:
+            self._saves.reserve(os.fspath(folder), template)
+        except CheckpointWriteError as error:
+            self._reports.tell(error)
+
     def fence(self) -> None:
         """Return when weights may be changed by hand under ``snapshot="overlap"``. Waits for copies only."""
         fence.wait()
@@ -422,6 +402,7 @@ class Handler:
             self._saver.close(timeout)
             raise_held_back(self.bus)
         finally:
+            self._saves.release_names()
             self._leave_bus()
 
     def __enter__(self) -> Handler:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trainbus.bus import EventBus
+from trainbus.errors import CheckpointError
 
 __all__ = ["announce_and_leave", "note_failures", "raise_held_back"]
 
@@ -42,5 +43,8 @@ def raise_held_back(bus: EventBus) -> None:
 
 
 def _add_note(error: BaseException, other: Exception) -> None:
+    if isinstance(error, SystemExit) and isinstance(other, CheckpointError):
+        # Nobody is shown the notes of this one: the exit code has to tell.
+        other.seen = False
     more = "; ".join([str(other), *getattr(other, "__notes__", ())])
     error.add_note(f"Moreover, while leaving the handler: {type(other).__name__}: {more}")

@@ -82,6 +82,10 @@ class SaveReports:
 
     def _on_failed(self, error: CheckpointError) -> None:
         self.stats.failed += 1
+        self.tell(error)
+
+    def tell(self, error: CheckpointError) -> None:
+        """Raise *error*, or log it where failed saves are only warned of; nothing if somebody has seen it."""
         if error.seen:
             return
         error.seen = True

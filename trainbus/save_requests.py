@@ -12,8 +12,14 @@ from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFolder
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.saver import Saver
+from trainbus.checkpoint.template_lock import TemplateLock, lock_path
 from trainbus.claims import claim
-from trainbus.errors import CheckpointSkipped, HandlerClosedError
+from trainbus.errors import (
+    CheckpointLockedError,
+    CheckpointSkipped,
+    CheckpointWriteError,
+    HandlerClosedError,
+)
 from trainbus.loop.moments import Moments
 from trainbus.loop.unread_metrics import UnreadMetrics
 from trainbus.save_load import versions
@@ -64,6 +70,7 @@ class SaveRequests:
         self._postponed: list[_Accepted] = []
         self._sequence = 0
         self._counted_folders: set[str] = set()
+        self._locks: dict[str, TemplateLock] = {}
 
     @property
     def postponed(self) -> int:
@@ -103,6 +110,26 @@ class SaveRequests:
         else:
             self._take(accepted)
         return pending
+
+    def reserve(self, folder: str, template: str) -> None:
+        """Do what `Handler.reserve` does on rank 0; an `OSError` comes as CheckpointWriteError."""
+        path = lock_path(folder, template)
+        if path in self._locks:
+            return
+        claim(path, self._handler)
+        try:
+            self._locks[path] = TemplateLock(folder, template)
+        except CheckpointLockedError:
+            raise
+        except OSError as error:
+            raise CheckpointWriteError(
+                os.path.join(folder, template), self._progress.global_step, error
+            ) from error
+
+    def release_names(self) -> None:
+        """Let others save under the names that were reserved."""
+        while self._locks:
+            self._locks.popitem()[1].release()
 
     def take_postponed(self) -> None:
         """Take the saves that waited for an optimizer step."""

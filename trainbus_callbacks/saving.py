@@ -58,6 +58,9 @@ class ModelCheckpoint(Callback):
 
         name: What the state is saved under; by default `state_key` is made of the arguments.
 
+        shared: Let other processes save under the same *filepath* at the same time. By default the
+            second one fails when its training begins, and names the first.
+
     Attributes:
         mode: ``"min"`` or ``"max"``.
 
@@ -79,6 +82,7 @@ class ModelCheckpoint(Callback):
         initial_value_threshold: float | None = None,
         *,
         name: str | None = None,
+        shared: bool = False,
     ) -> None:
         self._template = NameTemplate(filepath)
         self._every = batches_between_saves(save_freq)
@@ -91,6 +95,7 @@ class ModelCheckpoint(Callback):
         self.save_freq = save_freq
         self.initial_value_threshold = initial_value_threshold
         self._name = name
+        self._shared = shared
         self._ledger = ScoreLedger(self.mode, initial_value_threshold)
         self._due = False  # a save fell into gradient accumulation and waits for its end
         self._prepared = False
@@ -129,6 +134,7 @@ class ModelCheckpoint(Callback):
     def on_train_begin(self, handler: Any) -> None:
         """Warn of another run's files."""
         if _decides(handler):
+            self._reserve(handler)
             self._warn_of_other_runs(handler)
 
     def on_train_batch_end(
@@ -242,8 +248,13 @@ class ModelCheckpoint(Callback):
         )
         self._warn_of_missing_fields(name, logs, unusable)
         self._warn_of_other_runs(handler)
+        self._reserve(handler)
         moment = f"epoch {epoch + 1}" if self._every is None else f"step {global_step}"
         self._save(handler, name.path, epoch, global_step, logs, score, moment)
+
+    def _reserve(self, handler: Any) -> None:
+        if not self._shared:
+            handler.reserve(self._template.folder, self._template.last)
 
     def _wants(self, score: float | None) -> bool:
         if not self._ledger.gate(score):

@@ -4,12 +4,13 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from trainbus.checkpoint import background_writer
+from trainbus.checkpoint import background_writer, interpreter_exit
 from trainbus.checkpoint.background_writer import BackgroundWriter, PendingSave
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.errors import CheckpointSkipped, CheckpointWriteError, HandlerClosedError
@@ -80,8 +81,8 @@ def _make(reports: Reports, gates: list[Gate]) -> Iterator[Callable[..., Backgro
 @pytest.fixture(autouse=True)
 def _no_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails in a test is not printed when pytest exits."""
-    monkeypatch.setattr(background_writer, "_failures", [])
-    monkeypatch.setattr(background_writer, "_exiting", False)
+    monkeypatch.setattr(interpreter_exit, "_failures", [])
+    monkeypatch.setattr(interpreter_exit, "_exiting", False)
 
 
 def done() -> Manifest:
@@ -624,13 +625,115 @@ class TestDeadThread:
         assert save(writer, "c.pt").result(WAIT) is MANIFEST
 
 
+class TestStuckThread:
+    @pytest.fixture(autouse=True)
+    def _looks_often(self, monkeypatch):
+        monkeypatch.setattr(background_writer, "_LOOKS_EVERY", 0.01)
+
+    def test_fails_what_waits_for_it(self, make, gates, reports):
+        """
+        A write that makes no progress fails, and so does the save that waits for it; both say for how long.
+        """
+        writer = make(patience=0.1)
+        stuck = save(writer, "a.pt", gates[0])
+        waiting = save(writer, "b.pt")
+
+        for pending in (stuck, waiting):
+            with pytest.raises(
+                CheckpointWriteError, match=r"'a\.pt' has been in writing for .* without"
+            ) as info:
+                pending.result(WAIT)
+            assert info.value.errno == errno.ETIMEDOUT
+        assert reports.events == [("failed", "a.pt"), ("failed", "b.pt")]
+
+    def test_keeps_nobody_waiting(self, make, gates):
+        """
+        Later saves fail at once, and flush and close return.
+        """
+        writer = make(patience=0.1)
+        save(writer, "a.pt", gates[0])
+        writer.flush()
+        thread = writer._thread
+
+        with pytest.raises(CheckpointWriteError):
+            save(writer, "b.pt").result(0)
+        writer.close()
+        assert thread.is_alive()
+
+    def test_fails_what_is_queued_behind_it(self, make, gates):
+        """
+        Saves in the queue behind it fail too, and give their memory back.
+        """
+        writer = make(patience=0.1, max_pending=2)
+        released = []
+        save(writer, "a.pt", gates[0])
+        queued = save(writer, "b.pt", release=lambda: released.append("b"))
+        writer.flush()
+
+        with pytest.raises(CheckpointWriteError, match=r"'a\.pt' has been in writing"):
+            queued.result(0)
+        assert released == ["b"]
+
+    def test_may_come_back(self, make, gates, reports, caplog):
+        """
+        Once the disk answers after all, saves work again; what was reported as failed is only logged.
+        """
+        writer = make(patience=0.1)
+        save(writer, "a.pt", gates[0], removals=["old.pt"])
+        writer.flush()
+        gates[0].open.set()
+        while writer._running is not None:
+            with writer._changed:
+                writer._changed.wait(0.01)
+
+        assert save(writer, "b.pt").result(WAIT) is MANIFEST
+        assert reports.events == [("failed", "a.pt"), ("saved", "b.pt")]
+        assert "was written after all" in caplog.text
+
+    def test_is_not_one_that_makes_progress(self, make, gates):
+        """
+        A long write is waited for as long as the disk takes bytes of it.
+        """
+        looks, looked = [], threading.Event()
+
+        def now() -> float:
+            looks.append(1)
+            if len(looks) >= 30:
+                looked.set()
+            return time.monotonic()
+
+        writer = make(patience=0.05, last_progress=now)
+        first = save(writer, "a.pt", gates[0])
+        second: list[PendingSave] = []
+        thread = threading.Thread(target=lambda: second.append(save(writer, "b.pt")))
+        thread.start()
+        assert looked.wait(WAIT)
+        assert not first.done() and not second
+        gates[0].open.set()
+        thread.join(WAIT)
+
+        assert first.result(WAIT) is MANIFEST and second[0].result(WAIT) is MANIFEST
+
+    def test_is_warned_of_once(self, make, gates, monkeypatch, caplog):
+        """
+        Before it counts as stuck, one warning says what has been in writing and for how long.
+        """
+        monkeypatch.setattr(background_writer, "_WORTH_A_WORD", 0.02)
+        writer = make(patience=0.2)
+        save(writer, "a.pt", gates[0])
+        writer.flush()
+
+        warnings = [one for one in caplog.records if "has been in writing" in one.getMessage()]
+        assert len(warnings) == 1
+
+
 class TestExit:
     def test_no_thread_is_started(self, make, monkeypatch):
         """
         While the interpreter exits no thread is started: a save that needs one is refused.
         """
         writer = make()
-        monkeypatch.setattr(background_writer, "_exiting", True)
+        monkeypatch.setattr(interpreter_exit, "_exiting", True)
 
         with pytest.raises(HandlerClosedError, match="while the interpreter exits"):
             writer.admit(PendingSave("a.pt"))
@@ -645,50 +748,13 @@ class TestExit:
         released = []
         writer.admit(pending)
         writer.close(WAIT)
-        monkeypatch.setattr(background_writer, "_exiting", True)
+        monkeypatch.setattr(interpreter_exit, "_exiting", True)
 
         writer.submit(pending, done, release=lambda: released.append(1))
 
         with pytest.raises(CheckpointWriteError, match="while the interpreter exits"):
             pending.result(0)
         assert released == [1]
-
-    def test_only_unseen_failures_are_printed(self, make, capsys):
-        """
-        At exit each failure that nobody has seen is printed in one line, once.
-        """
-        writer = make(max_pending=3)
-        seen = save(writer, "seen.pt", full)
-        save(writer, "unseen.pt", full)
-        with pytest.raises(CheckpointWriteError):
-            seen.result(WAIT)
-
-        background_writer._finish_at_exit()
-        background_writer._finish_at_exit()
-
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("trainbus: Cannot write checkpoint 'unseen.pt' of global step 7: [Errno 28]")
-
-    def test_interrupted_once(self, make, monkeypatch, capsys):
-        """
-        One Ctrl-C while the last files are written does not lose them.
-        """
-        writer = make()
-        flush, calls = writer.flush, []
-
-        def interrupted(timeout: float | None = None) -> None:
-            calls.append(1)
-            if len(calls) == 1:
-                raise KeyboardInterrupt
-            flush(WAIT)
-
-        monkeypatch.setattr(writer, "flush", interrupted)
-        monkeypatch.setattr(background_writer, "_WRITERS", {writer})
-
-        background_writer._finish_at_exit()
-
-        assert len(calls) == 2
-        assert "interrupt again to give up" in capsys.readouterr().err
 
 
 # Python warns of every fork beside threads.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 from pathlib import Path
@@ -13,54 +14,9 @@ from trainbus.checkpoint.commit import commit, remove
 from trainbus.checkpoint.disk import Disk
 from trainbus.checkpoint.file_format import Manifest, read_manifest
 from trainbus.checkpoint.load import load_file
+from trainbus.testing.faults import CALLS, FaultyDisk
 
 MANIFEST = Manifest(contents="object")
-
-
-class FailingDisk(Disk):
-    """Notes its calls and fails the *fail_at*-th, 1 being the first."""
-
-    def __init__(self, fail_at: int = 0) -> None:
-        self.calls: list[str] = []
-        self.fail_at = fail_at
-
-    def _step(self, name: str) -> None:
-        self.calls.append(name)
-        if len(self.calls) == self.fail_at:
-            raise OSError(errno.EIO, f"injected into {name}")
-
-    def open_folder(self, path: str, *, create: bool = True) -> int:
-        self._step("open_folder")
-        return super().open_folder(path, create=create)
-
-    def create(self, folder: int, name: str) -> int:
-        self._step("create")
-        return super().create(folder, name)
-
-    def write(self, fd: int, data: memoryview, position: int) -> int:
-        self._step("write")
-        return super().write(fd, data, position)
-
-    def fsync(self, fd: int) -> None:
-        self._step("fsync")
-        super().fsync(fd)
-
-    def close(self, fd: int) -> None:
-        # As the system does: the descriptor is gone, whatever is answered.
-        super().close(fd)
-        self._step("close")
-
-    def rename(self, folder: int, old: str, new: str) -> None:
-        self._step("rename")
-        super().rename(folder, old, new)
-
-    def unlink(self, folder: int, name: str) -> None:
-        self._step("unlink")
-        super().unlink(folder, name)
-
-    def fsync_folder(self, folder: int) -> None:
-        self._step("fsync_folder")
-        super().fsync_folder(folder)
 
 
 def save(path: str | Path, state: Any, disk: Disk | None = None) -> Manifest:
@@ -72,7 +28,10 @@ def value(path: Path) -> float:
     return float(state["a"][0])
 
 
-ORDER = ["open_folder", "create", "write", "write", "fsync", "close", "rename", "fsync_folder", "close"]
+ORDER = [
+    *("open_folder", "fsync_folder"),  # what the manifest may promise depends on the latter
+    *("create", "lock", "write", "write", "fsync", "close", "rename", "fsync_folder", "close"),
+]
 
 
 class TestCommit:
@@ -80,11 +39,11 @@ class TestCommit:
         """
         The file is synced before it gets its name, and its name before the commit is over.
         """
-        disk = FailingDisk()
+        disk = FaultyDisk()
 
         final = save(tmp_path / "a.pt", {"a": torch.ones(3)}, disk)
 
-        assert disk.calls == ORDER
+        assert disk.made == ORDER
         assert read_manifest(tmp_path / "a.pt") == final
         assert os.listdir(tmp_path) == ["a.pt"]
 
@@ -94,26 +53,25 @@ class TestCommit:
         """
         Whichever call fails, the error comes out as it is, the old file stays and nothing is left over.
         """
-
-        class Broken(FailingDisk):
-            def _step(self, name: str) -> None:
-                super()._step(name)
-                # A disk that breaks for good still lets go of names and descriptors.
-                if persistent and len(self.calls) > fail_at and name not in ("unlink", "close"):
-                    raise OSError(errno.EROFS, "a later error")
-
         save(tmp_path / "a.pt", {"a": torch.zeros(3)})
         before = set(os.listdir("/proc/self/fd"))
-        disk = Broken(fail_at)
+        disk = FaultyDisk(errno.EIO, at=fail_at)
+        if persistent:
+            # A disk that breaks for good still lets go of names and descriptors.
+            rest = [name for name in CALLS if name not in ("unlink", "close")]
+            disk = FaultyDisk(errno.EIO, calls=rest, at=fail_at, times=math.inf)
+            order = [name for name in ORDER if name in rest]
+        else:
+            order = ORDER
 
-        if fail_at == len(ORDER):
+        if fail_at > len(order) or (fail_at == len(order) and not persistent):
             save(tmp_path / "a.pt", {"a": torch.ones(3)}, disk)
         else:
-            with pytest.raises(OSError, match=f"injected into {ORDER[fail_at - 1]}") as info:
+            with pytest.raises(OSError, match=f"injected into {order[fail_at - 1]}") as info:
                 save(tmp_path / "a.pt", {"a": torch.ones(3)}, disk)
             assert info.value.errno == errno.EIO
 
-        renamed = ORDER.index("rename") + 1
+        renamed = order.index("rename") + 1
         assert value(tmp_path / "a.pt") == float(fail_at > renamed)
         assert os.listdir(tmp_path) == ["a.pt"]
         assert set(os.listdir("/proc/self/fd")) == before
@@ -122,7 +80,7 @@ class TestCommit:
         """
         An error in the middle of a large tensor keeps its number, which torch.save would drop.
         """
-        disk = FailingDisk(fail_at=4)
+        disk = FaultyDisk(errno.EIO, calls=["write"], at=2)
 
         with pytest.raises(OSError, match="injected into write"):
             save(tmp_path / "a.pt", {"a": torch.zeros(12 << 20)}, disk)
@@ -142,7 +100,7 @@ class TestCommit:
                     pass
 
         with pytest.raises(OSError, match="injected into write"):
-            commit(tmp_path / "a.pt", MANIFEST, serialize, disk=FailingDisk(fail_at=3))
+            commit(tmp_path / "a.pt", MANIFEST, serialize, disk=FaultyDisk(errno.EIO, calls=["write"]))
 
         assert os.listdir(tmp_path) == []
 
@@ -296,11 +254,11 @@ class TestRemove:
         The folder is synced after the name is gone.
         """
         save(tmp_path / "a.pt", {})
-        disk = FailingDisk()
+        disk = FaultyDisk()
 
         remove(tmp_path / "a.pt", disk=disk)
 
-        assert disk.calls == ["open_folder", "unlink", "fsync_folder", "close"]
+        assert disk.made == ["open_folder", "unlink", "fsync_folder", "close"]
         assert os.listdir(tmp_path) == []
 
     def test_missing(self, tmp_path):
@@ -320,4 +278,4 @@ class TestRemove:
         save(tmp_path / "a.pt", {})
 
         with pytest.raises(OSError, match="injected"):
-            remove(tmp_path / "a.pt", disk=FailingDisk(fail_at))
+            remove(tmp_path / "a.pt", disk=FaultyDisk(errno.EIO, at=fail_at))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -146,10 +150,11 @@ class TestWays:
 
     def test_failure_nobody_saw(self, tmp_path):
         """
-        A save that failed unseen is printed in one line.
+        A save that failed unseen is one line on stderr, and exit code 74.
         """
         done = run(tmp_path, FAIL)
 
+        assert done.returncode == 74
         (line,) = done.stderr.splitlines()
         assert line.startswith("trainbus: Cannot write checkpoint 'a' of global step 7: [Errno 28]")
         assert (tmp_path / "b").read_text() == "all"
@@ -162,3 +167,114 @@ class TestWays:
 
         assert (done.returncode, done.stderr) == (0, "")
         assert (tmp_path / "a").read_text() == "all"
+
+
+# A process that says when it is ready for Ctrl-C, then saves a file that is complete once `go` is there.
+WAYS = """
+    import multiprocessing, signal
+
+    def write_when_told(path):
+        def write():
+            while not os.path.exists("go"):
+                time.sleep(0.01)
+            if {disk!r} == "failing":
+                raise OSError(28, "No space left on device")
+            with open(path, "w") as file:
+                file.write("all")
+            return Manifest()
+        return write
+
+    flush = writer.flush
+    writer.flush = lambda: (print("draining", flush=True), flush())
+
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        save("a", write_when_told("a"))
+        print("ready", os.getpid(), flush=True)
+        if {way!r} in ("return", "exception", "exit"):
+            open("go", "w").close()
+        if {way!r} == "exception":
+            raise RuntimeError("mine")
+        if {way!r} == "exit":
+            sys.exit(0)
+        if {way!r} != "return":
+            threading.Event().wait(60)
+
+    if {process!r} == "main":
+        work()
+    else:
+        child = multiprocessing.get_context("fork").Process(target=work)
+        child.start()
+        child.join(60)
+        print("exit code", child.exitcode, flush=True)
+"""
+
+
+@pytest.mark.parametrize("disk", ["good", "failing"])
+@pytest.mark.parametrize("process", ["main", "fork", "spawn"])
+@pytest.mark.parametrize("way", ["return", "exception", "exit", "Ctrl-C", "Ctrl-C twice", "Ctrl-C thrice"])
+class TestMatrix:
+    def test_no_lost_save_ends_with_code_0(self, tmp_path, way, process, disk):
+        """
+        However a process ends, its save is complete, or its exit code is not 0 and stderr names the save.
+        """
+        code, err = leave(tmp_path, way, process, disk)
+
+        complete = (tmp_path / "a").exists()
+        assert complete == (disk == "good" and way != "Ctrl-C thrice")
+        if complete:
+            assert (tmp_path / "a").read_text() == "all"
+            assert (code == 0) == (way in ("return", "exit"))
+        else:
+            assert code == 74
+            assert "Cannot write checkpoint 'a' of global step 7" in err
+        if way == "exception":
+            assert "RuntimeError: mine" in err
+
+
+def leave(folder: Path, way: str, process: str, disk: str) -> tuple[int, str]:
+    """Run the script, interrupt it as *way* says; return its exit code, or its child's, and stderr."""
+    root = str(Path(trainbus.__file__).parents[1])
+    kind = "main" if process == "spawn" else process
+    body = WAYS.format(way=way, process=kind, disk=disk)
+    (folder / "script.py").write_text(SCRIPT.format(root=root, body=body))
+    (folder / "parent.py").write_text(SPAWN)
+    command = [sys.executable, "parent.py" if process == "spawn" else "script.py"]
+    with (
+        open(folder / "err", "w+") as err,
+        subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=err, text=True) as running,
+    ):
+        try:
+            assert running.stdout is not None
+            interrupt(folder, way, running.stdout)
+            out = running.stdout.read()
+            running.wait(60)
+        finally:
+            running.kill()
+        err.seek(0)
+        code = running.returncode if process == "main" else int(re.findall(r"exit code (-?\d+)", out)[0])
+        return code, err.read()
+
+
+def interrupt(folder: Path, way: str, output: IO[str]) -> None:
+    """Press Ctrl-C as often as *way* says, each time when the process has come to where it is to be met."""
+    word, pid = output.readline().split()
+    assert word == "ready"
+    for number in range({"Ctrl-C": 1, "Ctrl-C twice": 2, "Ctrl-C thrice": 3}.get(way, 0)):
+        if number:
+            assert output.readline() == "draining\n"
+        os.kill(int(pid), signal.SIGINT)
+    if way != "Ctrl-C thrice":
+        (folder / "go").touch()
+
+
+SPAWN = """
+import multiprocessing
+import script
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=script.main)
+    child.start()
+    child.join(60)
+    print("exit code", child.exitcode, flush=True)
+"""

@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from trainbus.checkpoint.chunk_writers import CHUNK_BYTES, ChunkWriters
-from trainbus.checkpoint.disk import DISK, Disk
+from trainbus.checkpoint.disk import Disk
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
 
@@ -100,7 +100,7 @@ class TestWrite:
         However the bytes are handed over, the file and its digest are the same.
         """
         data = np.arange(1000, dtype=np.uint8).tobytes() + END_RECORD
-        stream = OutputStream(fd, DISK, inline(64))
+        stream = OutputStream(fd, Disk(), inline(64))
 
         for start in range(0, len(data), step):
             assert stream.write(data[start : start + step]) == len(data[start : start + step])
@@ -119,19 +119,19 @@ class TestWrite:
         """
         Bytes, bytearrays and memoryviews of any item are taken and counted in bytes.
         """
-        assert OutputStream(fd, DISK, inline()).write(data) == 4
+        assert OutputStream(fd, Disk(), inline()).write(data) == 4
 
     def test_nothing(self, fd):
         """
         An empty write is no error.
         """
-        assert OutputStream(fd, DISK, inline()).write(b"") == 0
+        assert OutputStream(fd, Disk(), inline()).write(b"") == 0
 
     def test_data_may_change_afterwards(self, fd):
         """
         Nothing of what was handed over is kept by reference.
         """
-        stream = OutputStream(fd, DISK, inline())
+        stream = OutputStream(fd, Disk(), inline())
         data = bytearray(b"a" * 100)
         stream.write(data)
         data[:] = b"b" * 100
@@ -168,7 +168,7 @@ class TestWrite:
 
 
 class TestThreads:
-    @pytest.mark.parametrize("disk", [DISK, NoBypass(), NeverAgrees()], ids=lambda d: type(d).__name__)
+    @pytest.mark.parametrize("disk", [Disk(), NoBypass(), NeverAgrees()], ids=lambda d: type(d).__name__)
     def test_same_file(self, fd, disk, threads):
         """
         Written by several threads, past the cache or through it, the file is the same.
@@ -273,7 +273,7 @@ class TestThreads:
         for _ in range(5):
             with pytest.raises(OSError, match="no"), OutputStream(fd, Broken(), threads) as stream:
                 stream.write(bytes(9 * 4096))
-        with OutputStream(fd, DISK, threads) as stream:
+        with OutputStream(fd, Disk(), threads) as stream:
             stream.write(b"a" * (9 * 4096) + END_RECORD)
             stream.finish(MANIFEST)
 
@@ -319,7 +319,7 @@ class TestErrors:
         """
         What does not end as a zip does gets no manifest.
         """
-        stream = OutputStream(fd, DISK, inline(64))
+        stream = OutputStream(fd, Disk(), inline(64))
         stream.write(data)
 
         with pytest.raises(ValueError, match="no zip file"):
@@ -329,7 +329,7 @@ class TestErrors:
         """
         torch.save takes it for a file.
         """
-        stream = OutputStream(fd, DISK, inline(128))
+        stream = OutputStream(fd, Disk(), inline(128))
         torch.save({"a": torch.arange(1000)}, stream)
 
         final = stream.finish(MANIFEST)

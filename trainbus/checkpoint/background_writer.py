@@ -6,8 +6,8 @@ Imports nothing but the standard library, for it has to work while the interpret
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -16,10 +16,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trainbus.checkpoint import interpreter_exit
 from trainbus.checkpoint.pending_save import PendingSave
+from trainbus.checkpoint.write_job import WriteJob, absolute
 from trainbus.errors import CheckpointError, CheckpointSkipped, CheckpointWriteError, HandlerClosedError
 
 if TYPE_CHECKING:
@@ -30,16 +31,9 @@ __all__ = ["BackgroundWriter", "finish_saves"]
 _log = logging.getLogger("trainbus")
 NICENESS = 10
 _POLICIES = ("wait", "skip", "replace")
-
-
-@dataclass(eq=False)
-class _Job:
-    pending: PendingSave | None = None
-    write: Callable[[], Manifest] | None = None
-    release: Callable[[], None] | None = None
-    stream: str = ""
-    # As given, for the report, and absolute: the script may change its working directory.
-    removals: list[tuple[str, str]] = field(default_factory=list)
+_PATIENCE = 600.0
+_LOOKS_EVERY = 1.0  # seconds between two looks at whether the thread still does something
+_WORTH_A_WORD = 30.0  # seconds without progress
 
 
 class Helper(Protocol):
@@ -70,6 +64,10 @@ class BackgroundWriter:
         helpers: Other threads that the saves need. They are started before the first save is
             admitted, because none can be while the interpreter exits.
         name: The thread's.
+        patience: Seconds without progress after which the thread counts as stuck: its save and
+            those behind it fail, and nobody waits for it any more.
+        last_progress: Returns the ``time.monotonic()`` at which the disk last took something.
+        pause: Called with the seconds to wait before a failed write is tried again.
     """
 
     def __init__(
@@ -80,6 +78,9 @@ class BackgroundWriter:
         on_busy: str = "wait",
         helpers: Sequence[Helper] = (),
         name: str = "trainbus-writer",
+        patience: float = _PATIENCE,
+        last_progress: Callable[[], float] = lambda: 0.0,
+        pause: Callable[[float], Any] = time.sleep,
     ) -> None:
         if max_pending < 1:
             raise ValueError(f"max_pending must be at least 1, got {max_pending!r}.")
@@ -92,14 +93,24 @@ class BackgroundWriter:
         self._on_busy = on_busy
         self._helpers = helpers
         self._name = name
+        self._patience = patience
+        self._last_progress = last_progress
+        self._pause = pause
         self._closed = False
         self._begin_empty()
         _WRITERS.add(self)
+        interpreter_exit.drain_at_exit(self)
+
+    def __repr__(self) -> str:
+        names = ", ".join(repr(save.path) for save in self.unfinished) or "nothing"
+        return f"<BackgroundWriter with {names} unfinished>"
 
     def _begin_empty(self) -> None:
         self._changed = threading.Condition()
-        self._jobs: deque[_Job] = deque()
-        self._running: _Job | None = None
+        self._jobs: deque[WriteJob] = deque()
+        self._running: WriteJob | None = None
+        self._given_up: WriteJob | None = None
+        self._warned_of: WriteJob | None = None
         self._unfinished: list[PendingSave] = []
         self._thread: threading.Thread | None = None
 
@@ -114,18 +125,23 @@ class BackgroundWriter:
         Make room for a save; with ``on_busy="wait"`` block until there is.
 
         Returns:
-            True if `submit` or `fail` must follow; False if the save was skipped.
+            True if `submit` or `fail` must follow; False if the save was skipped, or failed because
+            the writer is stuck.
 
         Raises:
             HandlerClosedError: The writer is closed, or the interpreter exits.
         """
         with self._changed:
             self._refuse_if_closed(pending)
+            self._look_after_thread()
             if not self._is_full() or self._on_busy != "skip":
                 if self._is_full() and self._on_busy == "replace":
                     self._withdraw_waiting()
                 self._wait_until(lambda: not self._is_full())
                 self._refuse_if_closed(pending)
+                if self._is_stuck():
+                    self._finish_failed(pending, self._why_stuck())
+                    return False
                 self._ensure_thread()
                 self._unfinished.append(pending)
                 return True
@@ -145,19 +161,20 @@ class BackgroundWriter:
 
         Args:
             pending: What `admit` was given.
-            write: Called once on the writer thread, unless the save is replaced; returns
-                when the file is durable. Must only use data that no other thread changes.
+            write: Called on the writer thread, unless the save is replaced, and again if it fails in
+                a way that may pass; returns when the file is durable. Must only use data that no
+                other thread changes.
             removals: Files to remove once the new one is durable, and only then.
             release: Called when *write* will not use its data any more, before the next
                 save is admitted.
         """
-        job = _Job(pending, write, release, pending.stream, _absolute(removals))
+        job = WriteJob(pending, write, release or (lambda: None), pending.stream, absolute(removals))
         with self._changed:
             try:
                 # It may have ended since: another thread closed the writer after the save was admitted.
                 self._ensure_thread()
             except RuntimeError as error:
-                _release(job)
+                job.release()
                 self._finish_failed(pending, error)
                 return
             self._jobs.append(job)
@@ -171,7 +188,7 @@ class BackgroundWriter:
         """Queue the removal of files. Does not block; one that fails is logged."""
         with self._changed:
             self._ensure_thread()
-            self._jobs.append(_Job(stream=stream, removals=_absolute(paths)))
+            self._jobs.append(WriteJob(stream=stream, removals=absolute(paths)))
             self._changed.notify_all()
 
     def flush(self, timeout: float | None = None) -> None:
@@ -186,6 +203,16 @@ class BackgroundWriter:
                 names = ", ".join(repr(save.path) for save in self._unfinished) or "removals"
                 raise TimeoutError(f"Still unfinished after {timeout} s: {names}. They go on being written.")
 
+    def abandon(self, reason: str) -> None:
+        """Fail the saves that are not finished, wait for them no more. The one under way may still come."""
+        with self._changed:
+            self._given_up = self._running
+            for job in [job for job in self._jobs if job.pending is not None]:
+                self._jobs.remove(job)
+                job.release()
+            for pending in list(self._unfinished):
+                self._finish_failed(pending, TimeoutError(errno.ETIMEDOUT, reason))
+
     def close(self, timeout: float | None = None) -> None:
         """Admit no more saves, then do what `flush` does and end the thread. May be called again."""
         with self._changed:
@@ -193,7 +220,7 @@ class BackgroundWriter:
             thread = self._thread
             self._changed.notify_all()
         self.flush(timeout)
-        if thread is not None:
+        if thread is not None and not self._is_stuck():
             thread.join(timeout)
         for helper in self._helpers:
             helper.close()
@@ -208,7 +235,7 @@ class BackgroundWriter:
     def _ensure_thread(self) -> None:
         if self._thread is not None:
             return
-        if _exiting:
+        if interpreter_exit.is_exiting():
             raise HandlerClosedError("Cannot save while the interpreter exits. Save before that.")
         for helper in self._helpers:
             helper.start()
@@ -217,15 +244,52 @@ class BackgroundWriter:
         self._thread = thread
 
     def _wait_until(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait for *condition*, or until the thread is stuck; False when it took *timeout* seconds."""
         if threading.current_thread() is self._thread and not condition():
             raise RuntimeError("Cannot wait for the writer on its own thread: it would wait for itself.")
-        return self._changed.wait_for(condition, timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not condition() and not self._is_stuck():
+            left = _LOOKS_EVERY if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._changed.wait(min(left, _LOOKS_EVERY))
+            self._look_after_thread()
+        return True
+
+    def _look_after_thread(self) -> None:
+        """Notice a thread that has died or does nothing, so that nobody waits for it for ever."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._bury_thread()
+        running = self._running
+        if running is None or self._is_stuck():
+            return
+        silent = time.monotonic() - max(running.begun, self._last_progress())
+        if silent >= _WORTH_A_WORD and self._warned_of is not running:
+            self._warned_of = running
+            _log.warning("%s. Training waits for it at the next save.", self._describe(running))
+        if silent >= self._patience:
+            self.abandon(self._describe(running))
+
+    def _is_stuck(self) -> bool:
+        return self._given_up is not None and self._given_up is self._running
+
+    def _why_stuck(self) -> OSError:
+        assert self._given_up is not None
+        return TimeoutError(errno.ETIMEDOUT, self._describe(self._given_up))
+
+    def _describe(self, job: WriteJob) -> str:
+        now = time.monotonic()
+        what = repr(job.pending.path) if job.pending is not None else "removals"
+        silent = now - max(job.begun, self._last_progress())
+        return (
+            f"{what} has been in writing for {now - job.begun:.0f} s, the last {silent:.0f} without progress"
+        )
 
     def _withdraw_waiting(self) -> None:
         for job in reversed(self._jobs):
             if job.pending is not None:
                 self._jobs.remove(job)
-                _release(job)
+                job.release()
                 self._skip(job.pending, "a newer save took its place")
                 return
 
@@ -240,11 +304,12 @@ class BackgroundWriter:
         finally:
             self._leave_nobody_waiting()
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> WriteJob | None:
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             if self._jobs:
                 self._running = self._jobs.popleft()
+                self._running.begun = time.monotonic()
                 return self._running
             # Under the lock, so that whoever submits from now on starts a new thread.
             self._thread = None
@@ -252,40 +317,52 @@ class BackgroundWriter:
 
     def _leave_nobody_waiting(self) -> None:
         with self._changed:
-            if self._thread is not threading.current_thread():
-                return
+            if self._thread is threading.current_thread():
+                self._bury_thread()
+
+    def _bury_thread(self) -> None:
+        with self._changed:
             jobs = [self._running] if self._running else []
             jobs += self._jobs
             self._jobs.clear()
             self._running = self._thread = None
             self._changed.notify_all()
         for job in jobs:
-            _release(job)
+            job.release()
             if job.pending is not None:
                 self._finish_failed(job.pending, RuntimeError("the writer thread has died"))
 
-    def _carry_out(self, job: _Job) -> None:
+    def _carry_out(self, job: WriteJob) -> None:
         if job.pending is None or self._write(job, job.pending):
             for given, path in job.removals:
                 self._remove_file(job, given, path)
 
-    def _write(self, job: _Job, pending: PendingSave) -> bool:
-        assert job.write is not None
+    def _write(self, job: WriteJob, pending: PendingSave) -> bool:
         try:
-            try:
-                manifest = job.write()
-            finally:
-                _release(job)
+            manifest = job.run(self._make_room, self._pause)
         except BaseException as error:
             # Also what is meant to end the thread: somebody may be waiting for this save.
             self._finish_failed(pending, error)
+            return False
+        if pending.done():
+            _log.warning("%r was written after all; it was reported as failed.", pending.path)
             return False
         seconds = time.monotonic() - pending.requested
         self._tell("checkpoint_saved", pending, manifest=manifest, size=manifest.size, seconds=seconds)
         self._settle(pending, lambda: pending.complete(manifest))
         return True
 
-    def _remove_file(self, job: _Job, given: str, path: str) -> None:
+    def _make_room(self) -> bool:
+        """Carry out the removals in the queue that wait for no save; return whether there were any."""
+        with self._changed:
+            removals = [job for job in self._jobs if job.pending is None]
+            for job in removals:
+                self._jobs.remove(job)
+        for job in removals:
+            self._carry_out(job)
+        return bool(removals)
+
+    def _remove_file(self, job: WriteJob, given: str, path: str) -> None:
         # Not above: this module has to be importable where what a file format needs is not.
         from trainbus.checkpoint.commit import remove
 
@@ -304,11 +381,13 @@ class BackgroundWriter:
         self._settle(pending, lambda: pending.fail(CheckpointSkipped(pending.path or "", reason)))
 
     def _finish_failed(self, pending: PendingSave, error: BaseException) -> None:
+        if pending.done():
+            return
         failure = error
         if not isinstance(failure, CheckpointError):
             failure = CheckpointWriteError(pending.path or "", pending.global_step, error)
             failure.__cause__ = error
-        _remember(failure)
+        interpreter_exit.remember(failure)
         self._tell("checkpoint_failed", pending, error=failure)
         self._settle(pending, lambda: pending.fail(failure))
 
@@ -354,58 +433,16 @@ def give_way() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
-def _absolute(paths: Sequence[str]) -> list[tuple[str, str]]:
-    return [(path, os.path.abspath(os.path.expanduser(path))) for path in paths]
-
-
-def _release(job: _Job) -> None:
-    if job.release is not None:
-        job.release()
-
-
 def _moment(pending: PendingSave) -> dict[str, Any]:
     return {"epoch": pending.epoch, "global_step": pending.global_step, "logs": pending.logs}
 
 
 _WRITERS: weakref.WeakSet[BackgroundWriter] = weakref.WeakSet()
-_failures: list[CheckpointError] = []
-_exiting = False
-
-
-def _remember(failure: CheckpointError) -> None:
-    _failures[:] = [earlier for earlier in _failures if not earlier.seen] + [failure]
-
-
-def _finish_at_exit() -> None:
-    global _exiting
-    _exiting = True
-    for writer in list(_WRITERS):
-        try:
-            writer.flush()
-        except KeyboardInterrupt:
-            _print(f"still writing {writer.unfinished}; interrupt again to give up.")
-            writer.flush()
-    for failure in _failures:
-        if not failure.seen:
-            failure.seen = True
-            _print(str(failure))
-
-
-def _print(text: str) -> None:
-    if sys.stderr is not None:
-        print(f"trainbus: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def _start_empty_in_child() -> None:
-    _failures.clear()
     for writer in list(_WRITERS):
         writer._start_empty_in_child()
 
 
 os.register_at_fork(after_in_child=_start_empty_in_child)
-# Both: the first also runs in forked multiprocessing children, which leave out atexit; the second also
-# comes after threads of the user's that outlive the main one.
-if hasattr(threading, "_register_atexit"):
-    with contextlib.suppress(RuntimeError):
-        threading._register_atexit(_finish_at_exit)
-atexit.register(_finish_at_exit)

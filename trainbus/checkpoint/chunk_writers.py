@@ -28,6 +28,9 @@ class ChunkWriters:
     costs several times what writing into it does. A forked child begins with no threads and
     no chunks.
 
+    Attributes:
+        last_progress: ``time.monotonic()`` when a disk last took bytes; 0 before.
+
     Args:
         threads: How many write; with 0 whoever calls `write` does it itself.
         chunk_bytes: Size of a chunk, a multiple of 4,096 if chunks are to bypass the page cache.
@@ -45,6 +48,7 @@ class ChunkWriters:
         self._jobs: deque[Callable[[], None]] = deque()
         self._free: list[np.ndarray] = []
         self._made = 0
+        self.last_progress = 0.0
         self._threads: list[threading.Thread] = []
         self._closed = False
 

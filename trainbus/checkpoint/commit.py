@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import BinaryIO, cast
 
-from trainbus.checkpoint.chunk_writers import ChunkWriters
-from trainbus.checkpoint.disk import DISK, Disk
+from trainbus.checkpoint.chunk_writers import CHUNK_BYTES, ChunkWriters
+from trainbus.checkpoint.disk import Disk, disk_in_use
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
+from trainbus.checkpoint.temporary import create_temporary
+from trainbus.errors import UnsyncedNameError
 
 __all__ = ["commit", "remove"]
 
-_LONGEST_NAME = 255
+_log = logging.getLogger("trainbus")
 
 
 def commit(
@@ -22,8 +27,9 @@ def commit(
     manifest: Manifest,
     serialize: Callable[[BinaryIO], None],
     *,
-    disk: Disk = DISK,
+    disk: Disk | None = None,
     writers: ChunkWriters | None = None,
+    at_least: int = 0,
 ) -> Manifest:
     """
     Write a file durably, in the place of the one that is there; return when it is safe.
@@ -34,45 +40,47 @@ def commit(
 
     Args:
         path: Where to; ``~`` is understood.
-        manifest: Goes to the file's end; size and digest are filled in.
+        manifest: Goes to the file's end; size, digest and durability are filled in.
         serialize: Writes a zip with an empty comment into the file object it is given,
             e.g. ``lambda stream: torch.save(state, stream)``. Called once, on this thread.
-        disk: What writes.
+        disk: What writes; by default the one in use.
         writers: Threads that write while this one serializes; None: this one does both.
+        at_least: Bytes that will certainly be written; room for them is claimed before.
 
     Returns:
         The manifest as it stands in the file.
 
     Raises:
+        UnsyncedNameError: Only the last step failed: the new file is there and whole, but a
+            power cut may bring the old one back.
         OSError: The first thing the disk refused. The old file is untouched and nothing
-            temporary is left, except when only the last step failed: then the new file
-            is whole but a power cut may bring the old one back.
+            temporary is left.
     """
+    disk = disk or disk_in_use()
     folder_path, name = _split(path)
     folder = disk.open_folder(folder_path)
     try:
-        temporary = _temporary_name(name)
-        fd = disk.create(folder, temporary)
-        try:
-            final = _write(disk, fd, manifest, serialize, writers or ChunkWriters(threads=0))
+        manifest = replace(manifest, durability=_durability(disk, folder, folder_path))
+        with create_temporary(disk, folder, name) as (temporary, fd):
+            final = _write(disk, fd, manifest, serialize, writers or ChunkWriters(threads=0), at_least)
             disk.rename(folder, temporary, name)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                disk.unlink(folder, temporary)
-            raise
-        disk.fsync_folder(folder)
+        try:
+            disk.fsync_folder(folder)
+        except OSError as error:
+            raise UnsyncedNameError(error.errno, error.strerror or str(error)) from error
     finally:
         _close_quietly(disk, folder)
     return final
 
 
-def remove(path: str | os.PathLike[str], *, disk: Disk = DISK) -> None:
+def remove(path: str | os.PathLike[str], *, disk: Disk | None = None) -> None:
     """
     Remove a file durably; one that is not there is fine.
 
     Raises:
         OSError: It could not be removed.
     """
+    disk = disk or disk_in_use()
     folder_path, name = _split(path)
     try:
         folder = disk.open_folder(folder_path, create=False)
@@ -93,8 +101,11 @@ def _write(
     manifest: Manifest,
     serialize: Callable[[BinaryIO], None],
     writers: ChunkWriters,
+    at_least: int,
 ) -> Manifest:
     try:
+        if at_least >= CHUNK_BYTES:
+            disk.allocate(fd, at_least)
         with OutputStream(fd, disk, writers) as stream:
             try:
                 serialize(cast(BinaryIO, stream))
@@ -124,8 +135,19 @@ def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
     return folder, name
 
 
-def _temporary_name(name: str) -> str:
-    ending = f".{os.urandom(8).hex()}.tmp"
-    # Cut in bytes, for that is how the file system counts.
-    room = _LONGEST_NAME - len(ending) - 1
-    return f".{os.fsdecode(os.fsencode(name)[:room])}{ending}"
+def _durability(disk: Disk, folder: int, path: str) -> str:
+    """Return what a manifest may promise here: ``"full"``, or ``"file"`` where names cannot be synced."""
+    known = _SYNCS_NAMES.setdefault(disk, {})
+    device = os.fstat(folder).st_dev
+    if device not in known:
+        known[device] = disk.fsync_folder(folder)
+        if not known[device]:
+            _log.warning(
+                "The file system of %r cannot sync folders: a checkpoint just written may be missing after "
+                "a power cut. Its manifest says durability 'file'.",
+                path or os.curdir,
+            )
+    return "full" if known[device] else "file"
+
+
+_SYNCS_NAMES: weakref.WeakKeyDictionary[Disk, dict[int, bool]] = weakref.WeakKeyDictionary()

@@ -1,18 +1,21 @@
-"""The one door to the disk for writing. Tests replace it by a subclass whose calls fail."""
+"""The one door to the disk for writing. Tests replace it by one whose calls fail."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
-import logging
 import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import Any
 
-__all__ = ["DISK", "Disk"]
+__all__ = ["Disk", "disk_in_use", "use_disk"]
 
-_log = logging.getLogger("trainbus")
-# What file systems answer that cannot sync a folder (some FUSE and network ones).
-_CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.ENOTSUP}
+# What file systems answer to what they cannot do at all.
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY}
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE
 
 
 class Disk:
@@ -45,10 +48,48 @@ class Disk:
         finally:
             self.close(parent)
 
+    def names(self, folder: int) -> list[str]:
+        """Return the names in a folder."""
+        return os.listdir(folder)
+
     def create(self, folder: int, name: str) -> int:
         """Create a file that must not exist, with the mode that the umask leaves. Returns its descriptor."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _flag("O_NOFOLLOW") | os.O_CLOEXEC
         return os.open(name, flags, 0o666, dir_fd=folder)
+
+    def open(self, folder: int, name: str, *, create: bool = False) -> int:
+        """Open a regular file, never through a link, for reading and writing. Returns its descriptor."""
+        flags = os.O_RDWR | _flag("O_NOFOLLOW") | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        fd = os.open(name, flags, 0o666, dir_fd=folder)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "it is not a regular file", name)
+        return fd
+
+    def lock(self, fd: int) -> bool:
+        """
+        Take the advisory lock of a file for as long as it is open, also in forked children. Never waits.
+
+        Returns:
+            False where the file system has no locks; a second caller is then not noticed.
+
+        Raises:
+            BlockingIOError: Another process or descriptor has it.
+        """
+        return _attempt(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB))
+
+    def allocate(self, fd: int, size: int) -> bool:
+        """
+        Claim room for the first *size* bytes of a file, whose length stays as it is.
+
+        Returns:
+            False where the file system cannot; ``posix_fallocate`` would write zeros there.
+
+        Raises:
+            OSError: There is not that much room.
+        """
+        fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+        return fallocate is not None and _attempt(lambda: _fallocate(fallocate, fd, size))
 
     def write(self, fd: int, data: memoryview, position: int) -> int:
         """Write some of *data* at a byte of the file, releasing the GIL; return how many bytes it was."""
@@ -71,7 +112,10 @@ class Disk:
 
     def fsync(self, fd: int) -> None:
         """Return when the file's bytes have reached the disk. Must not be tried again when it fails."""
-        os.fsync(fd)
+        if hasattr(fcntl, "F_FULLFSYNC"):  # without it macOS leaves them in the drive's own cache
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(fd)
 
     def close(self, fd: int) -> None:
         """Close a file or folder. The descriptor is gone even when this fails."""
@@ -85,19 +129,50 @@ class Disk:
         """Remove a file's name."""
         os.unlink(name, dir_fd=folder)
 
-    def fsync_folder(self, folder: int) -> None:
-        """Return when the folder's names have reached the disk, if its file system can tell."""
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno not in _CANNOT_SYNC_FOLDERS:
-                raise
-            _log.warning(
-                "The file system cannot sync folders (%s): a checkpoint just written may be "
-                "missing after a power cut.",
-                error,
-            )
+    def fsync_folder(self, folder: int) -> bool:
+        """
+        Return when the folder's names have reached the disk.
+
+        Returns:
+            False where the file system cannot tell (some FUSE and network ones).
+        """
+        return _attempt(lambda: os.fsync(folder))
 
 
-DISK = Disk()
-"""The real one."""
+def disk_in_use() -> Disk:
+    """Return the disk that saves go to: the real one, but in tests of what happens when it fails."""
+    return _disks[-1]
+
+
+@contextlib.contextmanager
+def use_disk(disk: Disk) -> Iterator[None]:
+    """Let the saves of this process go to *disk* meanwhile, those of all threads."""
+    _disks.append(disk)
+    try:
+        yield
+    finally:
+        _disks.remove(disk)
+
+
+_disks = [Disk()]
+
+
+def _flag(name: str) -> int:
+    return int(getattr(os, name, 0))
+
+
+def _attempt(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
+def _fallocate(function: Any, fd: int, size: int) -> None:
+    while function(fd, _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))

@@ -43,6 +43,7 @@ END_RECORD_BYTES = 22
 
 _SIGNATURE = b"PK\x05\x06"
 _LARGEST_COMMENT = 65_535
+_READ_AT_A_TIME = 512 << 10  # stays in the cache of a core until it is hashed
 _LARGEST_INT = 2**63 - 1
 _NO_DIGEST = "0" * 32
 # Fixed, so that the digest's place is known without trusting anything behind it.
@@ -216,7 +217,7 @@ def check_digest(file: BinaryIO, path: str | os.PathLike[str], ending: Ending) -
         CheckpointCorruptError: Any bit differs from what was written.
     """
     hasher = xxhash.xxh3_128()
-    chunk = memoryview(bytearray(min(1 << 20, ending.digest_at)))
+    chunk = memoryview(bytearray(min(_READ_AT_A_TIME, ending.digest_at)))
     file.seek(0)
     left = ending.digest_at
     while left and (count := file.readinto(chunk[:left])):  # type: ignore[attr-defined]

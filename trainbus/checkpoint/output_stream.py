@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
+import time
 from types import TracebackType
 
 import numpy as np
@@ -115,7 +117,8 @@ class OutputStream:
         """Give the full chunk to the writers and go on in another one, with the bytes held back."""
         full, count, position = self._memory, self._writers.chunk_bytes, self._handed_on
         if position == 0:
-            self._bypassing = self._disk.bypass_cache(self._fd, True)
+            with contextlib.suppress(OSError):  # then it goes through the cache
+                self._bypassing = self._disk.bypass_cache(self._fd, True)
         chunk = full[:count].data
         self._hasher.update(chunk)
         held_back = full[count : self._limit].copy()
@@ -159,10 +162,15 @@ class OutputStream:
             return 0
         if count <= 0:
             raise OSError(errno.EIO, "the disk took none of the bytes given to it")
+        self._writers.last_progress = time.monotonic()
+        if bypassing and count < len(data):
+            # It met an end: of the disk, of a limit. Through the cache the next write says which.
+            self._use_cache()
         return count
 
     def _use_cache(self) -> None:
-        self._disk.bypass_cache(self._fd, False)
+        with contextlib.suppress(OSError):  # if that matters, the next write fails
+            self._disk.bypass_cache(self._fd, False)
         self._bypassing = False
 
     def _wait(self) -> None:

@@ -21,11 +21,13 @@ from trainbus.checkpoint.background_copy import BackgroundCopy
 from trainbus.checkpoint.background_writer import BackgroundWriter
 from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.commit import commit
+from trainbus.checkpoint.disk import disk_in_use
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.checkpoint.stats import LostTime
+from trainbus.checkpoint.temporary import sweep
 from trainbus.errors import CheckpointWriteError
 
 __all__ = ["Saver"]
@@ -50,6 +52,7 @@ class Saver:
             ``"overlap"``: copy what only optimizers change while the next step is prepared.
         device_snapshot: Whether to copy aside: ``"auto"`` where there is room, True, False.
         check_snapshots: Compare each background copy with the values of the request.
+        write_timeout: Seconds without progress after which a write counts as failed.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Saver:
         snapshot: str = "auto",
         device_snapshot: str | bool = "auto",
         check_snapshots: bool = False,
+        write_timeout: float = 600.0,
     ) -> None:
         if snapshot not in ("auto", "overlap"):
             raise ValueError(f"snapshot must be 'auto' or 'overlap', got {snapshot!r}.")
@@ -68,8 +72,14 @@ class Saver:
         self._stager = Stager(self._memory, device_snapshot=device_snapshot, check=check_snapshots)
         self._chunks = ChunkWriters()
         self.writer = BackgroundWriter(
-            report, max_pending=max_pending, on_busy=on_busy, helpers=(self._stager.thread, self._chunks)
+            report,
+            max_pending=max_pending,
+            on_busy=on_busy,
+            helpers=(self._stager.thread, self._chunks),
+            patience=write_timeout,
+            last_progress=lambda: self._chunks.last_progress,
         )
+        self._swept: set[str] = set()
         self.lost = LostTime()
         self._overlaps = snapshot == "overlap"
         self._lower_fence = fence.raise_fence() if self._overlaps else None
@@ -130,8 +140,13 @@ class Saver:
 
         def write() -> Manifest:
             snapshot.wait()
+            self._sweep_once(os.path.dirname(path))
             return commit(
-                path, manifest(), lambda stream: _serialize(snapshot.state, stream), writers=self._chunks
+                path,
+                manifest(),
+                lambda stream: _serialize(snapshot.state, stream),
+                writers=self._chunks,
+                at_least=snapshot.size,
             )
 
         self.writer.submit(pending, write, removals=removals, release=snapshot.release)
@@ -205,6 +220,19 @@ class Saver:
             self._overlaps = False
             _log.warning("Saves copy everything at once from now on: snapshot='overlap' is not safe here.")
         return self._overlaps and not fence.is_stepping()
+
+    def _sweep_once(self, folder: str) -> None:
+        """Make room before the first file in *folder*: runs that were killed leave theirs unfinished."""
+        if folder in self._swept:
+            return
+        self._swept.add(folder)
+        try:
+            names = sweep(folder, disk_in_use())
+        except OSError as error:
+            _log.warning("Cannot look for unfinished files of dead runs in %r: %s.", folder, error)
+            return
+        if names:
+            _log.info("Removed %d unfinished file(s) that dead runs have left in %r.", len(names), folder)
 
     def _charge(self, seconds: float) -> None:
         self.lost.fenced += seconds

@@ -41,6 +41,7 @@ class Snapshot:
         copy: What is still to be copied; None if nothing is.
         waits: Whether tensors that *copy* reads must not change until they are copied.
         buffer: The memory.
+        size: Bytes that were copied; what is written of them is at least as long.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Snapshot:
         copy: BackgroundCopy | None = None,
         *,
         waits: bool = False,
+        size: int = 0,
     ) -> None:
+        self.size = size
         self.state = state
         self.copy = copy
         self.waits = waits
@@ -199,13 +202,13 @@ class Stager:
         }
         copied = with_tensors(state, copies)
         if not moves:
-            return Snapshot(copied, self._memory, buffer)
+            return Snapshot(copied, self._memory, buffer, size=plan.size)
         late = [index for index in waiting if _range_of(plan, index) in late_ranges]
         watched = [Watched(waiting[i], copies[id(tensors[i])], checked=self._check) for i in late]
         copy = BackgroundCopy(
             moves, watched, lambda tensor: path_to(copied, tensor), checked=self._check and bool(watched)
         )
-        return Snapshot(copied, self._memory, buffer, copy, waits=bool(watched))
+        return Snapshot(copied, self._memory, buffer, copy, waits=bool(watched), size=plan.size)
 
     def _move(
         self, plan: SnapshotPlan, tensors: Sequence[torch.Tensor], views: _Views

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from trainbus.testing.emit_run import emit_run
 from trainbus.testing.fakes import FakeHandler, FakeSave
+from trainbus.testing.faults import FaultyDisk
 from trainbus.testing.recorder import EventRecorder
 
-__all__ = ["EventRecorder", "FakeHandler", "FakeSave", "emit_run"]
+__all__ = ["EventRecorder", "FakeHandler", "FakeSave", "FaultyDisk", "emit_run"]

@@ -165,6 +165,9 @@ class FakeHandler:
     def prepare_saves(self, *, weights_only: bool = False) -> None:
         """Do nothing: there is no memory to prepare."""
 
+    def reserve(self, folder: str | os.PathLike[str], template: str) -> None:
+        """Do nothing: nothing is written that another process could write too."""
+
     def save_async(
         self,
         path: str | os.PathLike[str],
