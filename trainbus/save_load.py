@@ -13,9 +13,10 @@ import torch
 
 from trainbus.checkpoint.background_writer import finish_saves
 from trainbus.checkpoint.file_format import Manifest
-from trainbus.checkpoint.load import load_file, verify_file
+from trainbus.checkpoint.load import load_file
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.saver import Saver
+from trainbus.checkpoint.verify import verify_file
 from trainbus.state.plain_types import from_plain, to_plain
 
 __all__ = ["load", "save", "save_async", "verify", "versions"]

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from trainbus.checkpoint.file_format import read_manifest
-from trainbus.checkpoint.load import load_file, verify_file
+from trainbus.checkpoint.load import load_file
+from trainbus.checkpoint.verify import verify_file
 from trainbus.errors import CheckpointCorruptError, UntrustedPickleError
 
 SAMPLES = Path(__file__).parent / "samples"

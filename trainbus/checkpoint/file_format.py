@@ -26,9 +26,9 @@ __all__ = [
     "END_RECORD_BYTES",
     "FORMAT_VERSION",
     "MAX_MANIFEST_BYTES",
+    "NO_DIGEST",
     "Ending",
     "Manifest",
-    "check_digest",
     "fit_manifest",
     "open_regular",
     "read_ending",
@@ -43,9 +43,9 @@ END_RECORD_BYTES = 22
 
 _SIGNATURE = b"PK\x05\x06"
 _LARGEST_COMMENT = 65_535
-_READ_AT_A_TIME = 512 << 10  # stays in the cache of a core until it is hashed
 _LARGEST_INT = 2**63 - 1
-_NO_DIGEST = "0" * 32
+NO_DIGEST = "0" * 32
+"""What stands in the digest's place while it is computed."""
 # Fixed, so that the digest's place is known without trusting anything behind it.
 _HEAD = re.compile(rb'\{"format":\d{1,19},"size":\d{1,19},"digest":"(?P<digest>[0-9a-f]{32})",')
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -77,7 +77,7 @@ class Manifest:
 
     format: int = FORMAT_VERSION
     size: int = 0
-    digest: str = _NO_DIGEST
+    digest: str = NO_DIGEST
     contents: str
     run_id: str = ""
     parents: tuple[str, ...] = ()
@@ -148,7 +148,7 @@ def seal(
             f"Cannot add a manifest to what ends in {end_record!r}: it is no zip file with an empty "
             "comment. Write it with torch.save in its default format."
         )
-    fitted = replace(fit_manifest(manifest), size=0, digest=_NO_DIGEST)
+    fitted = replace(fit_manifest(manifest), size=0, digest=NO_DIGEST)
     comment = _encode(fitted)
     # The size counts its own digits. Each round can only lengthen it, so this ends.
     while (size := before + END_RECORD_BYTES + len(comment)) != fitted.size:
@@ -207,26 +207,6 @@ def read_ending(file: BinaryIO, path: str | os.PathLike[str]) -> Ending | None:
     if manifest.size != size:
         raise CheckpointCorruptError(path, f"it has {size} bytes and should have {manifest.size}")
     return Ending(manifest, size - len(comment) + head.start("digest"))
-
-
-def check_digest(file: BinaryIO, path: str | os.PathLike[str], ending: Ending) -> None:
-    """
-    Read all of *file* and compare it with its digest. Blocks for as long as reading takes.
-
-    Raises:
-        CheckpointCorruptError: Any bit differs from what was written.
-    """
-    hasher = xxhash.xxh3_128()
-    chunk = memoryview(bytearray(min(_READ_AT_A_TIME, ending.digest_at)))
-    file.seek(0)
-    left = ending.digest_at
-    while left and (count := file.readinto(chunk[:left])):  # type: ignore[attr-defined]
-        hasher.update(chunk[:count])
-        left -= count
-    hasher.update(_NO_DIGEST.encode())
-    hasher.update(file.read()[len(_NO_DIGEST) :])
-    if hasher.hexdigest() != ending.manifest.digest:
-        raise CheckpointCorruptError(path, "its bytes do not have the digest they were written with")
 
 
 def _read_comment(file: BinaryIO, size: int) -> bytes | None:

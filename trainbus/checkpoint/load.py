@@ -9,10 +9,11 @@ from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
-from trainbus.checkpoint.file_format import Manifest, check_digest, open_regular, read_ending
+from trainbus.checkpoint.file_format import Manifest, open_regular, read_ending
+from trainbus.checkpoint.verify import check_digest
 from trainbus.errors import CheckpointCorruptError, UntrustedPickleError
 
-__all__ = ["MapLocation", "load_file", "verify_file"]
+__all__ = ["MapLocation", "load_file"]
 
 MapLocation: TypeAlias = str | torch.device | dict[str, str] | Callable[[Any, str], Any] | None
 """What ``torch.load`` takes as ``map_location``."""
@@ -65,22 +66,6 @@ def load_file(
                 raise UntrustedPickleError(path, _first_words(error)) from error
             raise CheckpointCorruptError(path, f"it cannot be read ({_first_words(error)})") from error
     return state, manifest
-
-
-def verify_file(path: str | os.PathLike[str]) -> Manifest:
-    """
-    Check every bit of a file against its digest. Blocks for as long as reading it takes.
-
-    Raises:
-        CheckpointCorruptError: It is damaged, or has no manifest to be checked against.
-        OSError: It cannot be opened.
-    """
-    with open_regular(path) as file:
-        ending = read_ending(file, path)
-        if ending is None:
-            raise CheckpointCorruptError(path, "it has no manifest, so there is nothing to check it against")
-        check_digest(file, path, ending)
-    return ending.manifest
 
 
 def _examine(file: BinaryIO, path: str | os.PathLike[str], *, verify: bool) -> Manifest | None:

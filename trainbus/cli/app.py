@@ -28,3 +28,14 @@ def demo(
     from trainbus.cli.demo import run
 
     run(str(folder), epochs, batches, save_every)
+
+
+@app.command()
+def verify(
+    paths: Annotated[list[str], typer.Argument(help="Files, or folders of checkpoints.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Read checkpoints through and compare them with their digests; exit code 1 if any is damaged."""
+    from trainbus.cli.verify import run
+
+    raise typer.Exit(run(paths, as_json=as_json))
