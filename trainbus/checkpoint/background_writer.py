@@ -88,6 +88,8 @@ class BackgroundWriter:
             raise ValueError(f"on_busy must be one of {', '.join(map(repr, _POLICIES))}, got {on_busy!r}.")
         if on_busy == "replace" and max_pending < 2:
             raise ValueError(f"on_busy='replace' needs max_pending of at least 2, got {max_pending!r}.")
+        if not patience > 0:
+            raise ValueError(f"write_timeout must be more than 0 seconds, got {patience!r}.")
         self._report = report
         self._max_pending = max_pending
         self._on_busy = on_busy
