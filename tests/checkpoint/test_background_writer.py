@@ -470,6 +470,7 @@ class TestAdmit:
             ({"max_pending": 0}, "max_pending must be at least 1, got 0"),
             ({"on_busy": "drop"}, "on_busy must be one of 'wait', 'skip', 'replace', got 'drop'"),
             ({"on_busy": "replace"}, "needs max_pending of at least 2, got 1"),
+            ({"patience": 0}, "write_timeout must be more than 0 seconds, got 0"),
         ],
     )
     def test_wrong_options(self, options, message):
