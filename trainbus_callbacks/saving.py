@@ -6,8 +6,9 @@ import logging
 import math
 import os
 import reprlib
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +19,7 @@ from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, 
 from trainbus_callbacks.earlier_runs import reconcile, warning_of_other_runs
 from trainbus_callbacks.naming import FilledName, NameTemplate
 from trainbus_callbacks.scalars import as_float, describe, floats_of
-from trainbus_callbacks.triggers import batches_between_saves
+from trainbus_callbacks.triggers import Every, Moment, Trigger, trigger_of
 
 __all__ = ["ModelCheckpoint"]
 
@@ -50,7 +51,9 @@ class ModelCheckpoint(Callback):
 
         save_freq:
             ``"epoch"``, or a number of training batches, counted over the whole run. *monitor* is then
-            looked for in the logs of the batch.
+            looked for in the logs of the batch. Or `Every(epochs=5)`, `Every(steps=1000)`,
+            `Every(minutes=10)`, a predicate that takes a `Moment` and is asked after each training
+            batch, or several of these with ``|``.
 
         initial_value_threshold:
             Save nothing until *monitor* has once been strictly better than this. (In Keras the option
@@ -78,14 +81,14 @@ class ModelCheckpoint(Callback):
         save_best_only: bool = False,
         save_weights_only: bool = False,
         mode: str = "auto",
-        save_freq: str | int = "epoch",
+        save_freq: str | int | Trigger | Callable[[Moment], bool] = "epoch",
         initial_value_threshold: float | None = None,
         *,
         name: str | None = None,
         shared: bool = False,
     ) -> None:
         self._template = NameTemplate(filepath)
-        self._every = batches_between_saves(save_freq)
+        self._trigger = trigger_of(save_freq)
         check_monitor(monitor, save_best_only, initial_value_threshold)
         self.filepath = os.fspath(filepath)
         self.monitor = monitor
@@ -97,6 +100,7 @@ class ModelCheckpoint(Callback):
         self._name = name
         self._shared = shared
         self._ledger = ScoreLedger(self.mode, initial_value_threshold)
+        self._last_due: float | None = None  # by time.monotonic()
         self._due = False  # a save fell into gradient accumulation and waits for its end
         self._prepared = False
         self._batches_hold_metric: bool | None = None  # None: no batch was seen yet
@@ -123,7 +127,7 @@ class ModelCheckpoint(Callback):
             "mode": self.mode if self.monitor else None,
             "save_best_only": self.save_best_only or None,
             "save_weights_only": self.save_weights_only or None,
-            "save_freq": self._every,
+            "save_freq": _short(self._trigger),
             "initial_value_threshold": self.initial_value_threshold,
         }
         given = [f"{option}={value!r}" for option, value in options.items() if value is not None]
@@ -134,40 +138,47 @@ class ModelCheckpoint(Callback):
     def on_train_begin(self, handler: Any) -> None:
         """Warn of another run's files."""
         if _decides(handler):
+            self._last_due = time.monotonic()
             self._reserve(handler)
             self._warn_of_other_runs(handler)
 
     def on_train_batch_end(
         self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
     ) -> None:
-        """Save if `save_freq` is a number and its time has come."""
+        """Save if by `save_freq` it is time to."""
         if not _decides(handler):
             return
         if not self._prepared and not handler.accumulating:
             # An optimizer has stepped, so the state has its size.
             self._prepared = True
             handler.prepare_saves(weights_only=self.save_weights_only)
-        if self._every is None:
+        if not self._trigger.within_epochs:
             return
         self._batches_hold_metric = self._batches_hold_metric or self.monitor in logs
-        self._due = self._due or global_step % self._every == 0
+        self._ask_trigger(Moment(False, epoch, batch, global_step, self._seconds(), logs))
         if self._due and not handler.accumulating:
             self._due = False
-            self._consider(handler, epoch, batch, global_step, logs)
+            expects = self.save_best_only and not self._trigger.at_epoch_ends
+            self._consider(handler, epoch, batch, global_step, logs, expects_metric=expects)
 
     def on_epoch_end(
         self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
     ) -> None:
-        """Save if `save_freq` is ``"epoch"``, or if a save waited for gradient accumulation to end."""
+        """Save if by `save_freq` it is time to, or if a save waited for gradient accumulation to end."""
         if not _decides(handler):
             return
-        if self._every is not None:
+        if self._trigger.within_epochs:
             self._check_metric_is_there_in_time(logs)
             self._ledger.gate(as_float(logs.get(self.monitor)) if self.monitor is not None else None)
-            if not self._due:
-                return
+        waited = self._due
+        self._ask_trigger(Moment(True, epoch, batch, global_step, self._seconds(), logs))
+        if not self._due:
+            return
         self._due = False
-        self._consider(handler, epoch, batch, global_step, logs)
+        if not waited and self._has_just_saved(global_step):
+            return
+        expects = self.save_best_only or self._trigger.at_epoch_ends
+        self._consider(handler, epoch, batch, global_step, logs, expects_metric=expects)
 
     def on_checkpoint_saved(self, save: Any) -> None:
         """Count the file as there."""
@@ -226,8 +237,33 @@ class ModelCheckpoint(Callback):
     def _judged_by(self) -> str | None:
         return self.mode if self.monitor is not None else None
 
+    def _seconds(self) -> float:
+        if self._last_due is None:
+            self._last_due = time.monotonic()
+        return time.monotonic() - self._last_due
+
+    def _ask_trigger(self, moment: Moment) -> None:
+        if self._trigger.is_due(moment):
+            self._due = True
+            self._last_due = time.monotonic()
+
+    def _has_just_saved(self, global_step: int) -> bool:
+        """Whether the last batch of an epoch was saved already, and the epoch's metrics change nothing."""
+        return (
+            self._trigger.within_epochs
+            and self.monitor is None
+            and self._ledger.expected.last_step_saved == global_step
+        )
+
     def _consider(
-        self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
+        self,
+        handler: Any,
+        epoch: int,
+        batch: int,
+        global_step: int,
+        logs: Mapping[str, Any],
+        *,
+        expects_metric: bool,
     ) -> None:
         """Save if this event's metric allows it."""
         # What nobody asks for is not read: reading a tensor waits for the device it is on.
@@ -235,7 +271,7 @@ class ModelCheckpoint(Callback):
         floats, unusable = floats_of({name: logs[name] for name in logs if name in asked})
         score = floats.get(self.monitor) if self.monitor is not None else None
         wanted = self._wants(score)
-        self._warn_of_metric(score, wanted, logs, unusable)
+        self._warn_of_metric(score, wanted, logs, unusable, expects_metric)
         if not wanted:
             return
         name = self._template.fill(
@@ -244,12 +280,12 @@ class ModelCheckpoint(Callback):
             global_step=global_step,
             logs=floats,
             known=logs,
-            batch_mode=self._every is not None,
+            batch_mode=self._trigger.within_epochs,
         )
         self._warn_of_missing_fields(name, logs, unusable)
         self._warn_of_other_runs(handler)
         self._reserve(handler)
-        moment = f"epoch {epoch + 1}" if self._every is None else f"step {global_step}"
+        moment = f"step {global_step}" if self._trigger.within_epochs else f"epoch {epoch + 1}"
         self._save(handler, name.path, epoch, global_step, logs, score, moment)
 
     def _reserve(self, handler: Any) -> None:
@@ -297,9 +333,11 @@ class ModelCheckpoint(Callback):
             )
 
     def _check_metric_is_there_in_time(self, logs: Mapping[str, Any]) -> None:
-        if self.save_best_only and self._batches_hold_metric is False and self.monitor in logs:
+        if self._trigger.at_epoch_ends or not self.save_best_only:
+            return
+        if self._batches_hold_metric is False and self.monitor in logs:
             raise ValueError(
-                f"{self.state_key} can never save: it decides every {self._every} batches, and "
+                f"{self.state_key} can never save: it decides at the end of batches, and "
                 f'{self.monitor!r} is among the logs of epochs only. Use save_freq="epoch", or log it in '
                 "each batch."
             )
@@ -307,7 +345,12 @@ class ModelCheckpoint(Callback):
     # -- what the user should know; each is said once
 
     def _warn_of_metric(
-        self, score: float | None, wanted: bool, logs: Mapping[str, Any], unusable: Mapping[str, Any]
+        self,
+        score: float | None,
+        wanted: bool,
+        logs: Mapping[str, Any],
+        unusable: Mapping[str, Any],
+        expected: bool,
     ) -> None:
         if self.monitor is None:
             return
@@ -316,8 +359,7 @@ class ModelCheckpoint(Callback):
                 logger.warning("%s is %s, which never counts as best.", self.monitor, score)
             return
         # The metric of an epoch is not expected in each batch, unless saves depend on it.
-        expected = self._every is None or self.save_best_only or self.monitor in unusable
-        if expected and self._is_new(f"metric {self.monitor}"):
+        if (expected or self.monitor in unusable) and self._is_new(f"metric {self.monitor}"):
             _warn(
                 f"{self.state_key} cannot judge by {_reason(self.monitor, logs, unusable)} "
                 f"{'It saves all the same.' if wanted else 'It saves nothing until the metric is there.'}"
@@ -346,6 +388,13 @@ class ModelCheckpoint(Callback):
         new = what not in self._said
         self._said.add(what)
         return new
+
+
+def _short(trigger: Trigger) -> Trigger | int | None:
+    """Return a trigger as it is written in a state key: a number of batches alone, and nothing for epochs."""
+    if trigger == Every(epochs=1):
+        return None
+    return trigger.steps if isinstance(trigger, Every) and trigger.steps is not None else trigger
 
 
 def _decides(handler: Any) -> bool:
