@@ -23,6 +23,7 @@ PUBLIC = {
     "trainbus.console",
     "trainbus.checkpoint.file_format",
     "trainbus.checkpoint.folder",
+    "trainbus.checkpoint.retention",
 }
 
 # module (or a room, with a dot at its end) -> what of ours it may import, in the same spelling
@@ -94,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.write_job",
     },
     "trainbus.checkpoint.folder": FILE,
+    "trainbus.checkpoint.retention": {*FILE, "trainbus.checkpoint.folder"},
     "trainbus.checkpoint.verify": FILE,
     "trainbus.checkpoint.load": {*FILE, "trainbus.checkpoint.verify"},
     "trainbus.checkpoint.damage": {*FILE, "trainbus.checkpoint.load", "trainbus.checkpoint.nesting"},
@@ -149,7 +151,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.cli.": {"trainbus.", "trainbus_callbacks"},
     "trainbus.cli": {"trainbus.errors", "trainbus.cli.app"},
     "trainbus_callbacks.": {*PUBLIC, "trainbus_callbacks."},
-    "trainbus_callbacks": {"trainbus_callbacks."},
+    "trainbus_callbacks": {"trainbus_callbacks.", "trainbus.checkpoint.retention"},
 }
 
 SOURCES = sorted(

@@ -15,6 +15,7 @@ from trainbus.callback import Callback
 from trainbus.checkpoint import fence
 from trainbus.checkpoint.file_format import Manifest, fit_manifest
 from trainbus.checkpoint.pending_save import PendingSave
+from trainbus.checkpoint.retention import Retention
 from trainbus.checkpoint.saver import Saver
 from trainbus.checkpoint.stats import CheckpointStats
 from trainbus.errors import CheckpointWriteError, UnsavableStateError
@@ -257,6 +258,7 @@ class Handler(RunPosition):
         mode: str | None = None,
         score: float | None = None,
         removals: Sequence[str] = (),
+        keep: Retention | None = None,
     ) -> PendingSave:
         """
         Copy the state now, have it written in the background.
@@ -274,11 +276,13 @@ class Handler(RunPosition):
             mode: ``"min"`` or ``"max"``.
             score: The monitored metric's value.
             removals: Files to remove once this one is durable.
+            keep: Which of the files of *stream* and this run (and those it continues) stay then, by
+                what is in the folder; the others are removed on the writer thread.
 
         Returns:
             A handle on the save; finished, with ``path=None``, on ranks other than 0.
         """
-        request = SaveRequest(stream, logs or {}, monitor, mode, score, removals)
+        request = SaveRequest(stream, logs or {}, monitor, mode, score, removals, keep)
         return self._saves.ask(path, weights_only, request, postpone=True)
 
     def check(self) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFolder
 from trainbus.checkpoint.pending_save import PendingSave
+from trainbus.checkpoint.retention import Retention, superfluous
 from trainbus.checkpoint.saver import Saver
 from trainbus.checkpoint.template_lock import TemplateLock, lock_path
 from trainbus.claims import claim
@@ -41,6 +42,7 @@ class SaveRequest:
         logs: The metrics at this moment.
         monitor, mode, score: By what the asker judges its files, and this one's value.
         removals: Files to remove once this one is durable.
+        keep: Which files of *stream* and this run stay then; None: all.
     """
 
     stream: str = ""
@@ -49,6 +51,7 @@ class SaveRequest:
     mode: str | None = None
     score: float | None = None
     removals: Sequence[str] = ()
+    keep: Retention | None = None
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,27 @@ class SaveRequests:
             lambda: to_plain(handler.collect(accepted.weights_only)),
             manifest_with_metrics,
             removals=request.removals,
+            find_removals=self._retention(pending, request.keep),
             optimizers=self._moments.optimizers_before_step,
         )
+
+    def _retention(self, pending: PendingSave, keep: Retention | None) -> Callable[[], Sequence[str]]:
+        """Return what looks, once *pending* is durable, for files that need not stay any more."""
+        if keep is None:
+            return tuple
+        folder = os.path.dirname(os.path.abspath(pending.path or ""))
+        runs = {self._handler.run_id, *self._handler.lineage}
+
+        def find() -> list[str]:
+            # What is there says what is superfluous: not what was asked for, of which some may have failed.
+            mine = [
+                file
+                for file in CheckpointFolder(folder)
+                if file.manifest.stream == pending.stream and file.manifest.run_id in runs
+            ]
+            return superfluous(mine, keep)
+
+        return find
 
     def _next_sequence(self, path: str) -> int:
         folder = os.path.dirname(os.path.abspath(path))

@@ -14,6 +14,7 @@ from typing import Any
 
 from trainbus import ranks
 from trainbus.callback import Callback
+from trainbus.checkpoint.retention import Retention
 from trainbus.errors import PayloadError, did_you_mean
 from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, resolve_mode
 from trainbus_callbacks.earlier_runs import reconcile, warning_of_other_runs
@@ -59,6 +60,10 @@ class ModelCheckpoint(Callback):
             Save nothing until *monitor* has once been strictly better than this. (In Keras the option
             of this name is an initial best, and without *save_best_only* it does nothing.)
 
+        keep:
+            Which of this callback's files stay once a new one is durable: `KeepLast(3)`, `KeepBest(2)`,
+            `KeepEvery(epochs=10)`, or several with ``|``; by default all. The best file always stays.
+
         name: What the state is saved under; by default `state_key` is made of the arguments.
 
         shared: Let other processes save under the same *filepath* at the same time. By default the
@@ -84,6 +89,7 @@ class ModelCheckpoint(Callback):
         save_freq: str | int | Trigger | Callable[[Moment], bool] = "epoch",
         initial_value_threshold: float | None = None,
         *,
+        keep: Retention | None = None,
         name: str | None = None,
         shared: bool = False,
     ) -> None:
@@ -97,6 +103,12 @@ class ModelCheckpoint(Callback):
         self.mode = resolve_mode(monitor, mode)
         self.save_freq = save_freq
         self.initial_value_threshold = initial_value_threshold
+        if not (keep is None or isinstance(keep, Retention)):
+            raise TypeError(
+                "keep must be KeepLast(3), KeepBest(2), KeepEvery(epochs=10) or several with |, got "
+                f"{keep!r}."
+            )
+        self.keep = keep
         self._name = name
         self._shared = shared
         self._ledger = ScoreLedger(self.mode, initial_value_threshold)
@@ -320,6 +332,7 @@ class ModelCheckpoint(Callback):
                 monitor=self.monitor,
                 mode=self._judged_by,
                 score=score,
+                keep=self.keep,
             )
         except BaseException:
             self._ledger.withdraw(proposal)

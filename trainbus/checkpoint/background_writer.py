@@ -156,6 +156,7 @@ class BackgroundWriter:
         write: Callable[[], Manifest],
         *,
         removals: Sequence[str] = (),
+        find_removals: Callable[[], Sequence[str]] = tuple,
         release: Callable[[], None] | None = None,
     ) -> None:
         """
@@ -167,10 +168,13 @@ class BackgroundWriter:
                 a way that may pass; returns when the file is durable. Must only use data that no
                 other thread changes.
             removals: Files to remove once the new one is durable, and only then.
+            find_removals: Called on the writer thread once the file is durable, for more of them.
             release: Called when *write* will not use its data any more, before the next
                 save is admitted.
         """
-        job = WriteJob(pending, write, release or (lambda: None), pending.stream, absolute(removals))
+        job = WriteJob(
+            pending, write, release or (lambda: None), pending.stream, absolute(removals), find_removals
+        )
         with self._changed:
             try:
                 # It may have ended since: another thread closed the writer after the save was admitted.
@@ -336,7 +340,7 @@ class BackgroundWriter:
 
     def _carry_out(self, job: WriteJob) -> None:
         if job.pending is None or self._write(job, job.pending):
-            for given, path in job.removals:
+            for given, path in job.all_removals():
                 self._remove_file(job, given, path)
 
     def _write(self, job: WriteJob, pending: PendingSave) -> bool:

@@ -100,6 +100,7 @@ class Saver:
         manifest: Callable[[], Manifest],
         *,
         removals: Sequence[str] = (),
+        find_removals: Callable[[], Sequence[str]] = tuple,
         optimizers: Iterable[Any] = (),
     ) -> None:
         """
@@ -115,6 +116,7 @@ class Saver:
             manifest: Called on the writer thread, for everything the file will say of itself but
                 size and digest.
             removals: Files to remove once this one is durable.
+            find_removals: Called on the writer thread once it is, for more of them.
             optimizers: Those whose next step nothing but forward and backward passes comes before.
         """
         assert pending.path is not None
@@ -149,7 +151,9 @@ class Saver:
                 at_least=snapshot.size,
             )
 
-        self.writer.submit(pending, write, removals=removals, release=snapshot.release)
+        self.writer.submit(
+            pending, write, removals=removals, find_removals=find_removals, release=snapshot.release
+        )
 
     def prepare(self, collect: Callable[[], Any]) -> None:
         """

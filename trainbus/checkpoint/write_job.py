@@ -33,6 +33,7 @@ class WriteJob:
         stream: Who asked.
         removals: Files to remove afterwards: as given, for the report, and absolute, because the
             script may change its working directory.
+        find_removals: Called once the file is durable, for more files to remove.
         begun: ``time.monotonic()`` when the thread took it up; 0 before.
     """
 
@@ -41,6 +42,7 @@ class WriteJob:
     release: Callable[[], None] = lambda: None
     stream: str = ""
     removals: list[tuple[str, str]] = field(default_factory=list)
+    find_removals: Callable[[], Sequence[str]] = tuple
     begun: float = 0.0
 
     def run(self, make_room: Callable[[], bool], pause: Callable[[float], Any] = time.sleep) -> Manifest:
@@ -93,6 +95,14 @@ class WriteJob:
             len(failures) + 1,
             "; ".join(str(failure) for failure in failures),
         )
+
+    def all_removals(self) -> list[tuple[str, str]]:
+        """Return what is to be removed now that the file is durable."""
+        try:
+            return [*self.removals, *absolute(self.find_removals())]
+        except Exception:
+            _log.exception("Cannot find out which old checkpoints are superfluous; they stay.")
+            return self.removals
 
 
 def absolute(paths: Sequence[str]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from trainbus.bus import EventBus
 from trainbus.callback import Callback
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
+from trainbus.checkpoint.retention import Retention
 from trainbus.errors import CheckpointSkipped, CheckpointWriteError
 
 __all__ = ["FakeHandler", "FakeSave"]
@@ -28,7 +29,7 @@ class FakeSave:
     delivered before the next one emitted, and complete `pending`.
 
     Attributes:
-        path, weights_only, stream, logs, monitor, mode, score, removals: As asked for.
+        path, weights_only, stream, logs, monitor, mode, score, removals, keep: As asked for.
         pending: What the one who asked was given.
         epoch: Of the handler at the request; 0-based.
         global_step: Of the handler at the request.
@@ -46,6 +47,7 @@ class FakeSave:
     mode: str | None
     score: float | None
     removals: tuple[str, ...]
+    keep: Retention | None
     pending: PendingSave
     epoch: int
     global_step: int
@@ -179,6 +181,7 @@ class FakeHandler:
         mode: str | None = None,
         score: float | None = None,
         removals: Sequence[str] = (),
+        keep: Retention | None = None,
     ) -> PendingSave:
         """Record the request in `saves`. On ranks other than 0 nothing is recorded, as nothing is written."""
         if self.rank != 0:
@@ -195,6 +198,7 @@ class FakeHandler:
             mode=mode,
             score=score,
             removals=tuple(removals),
+            keep=keep,
             pending=pending,
             epoch=self.epoch,
             global_step=self.global_step,

@@ -1,0 +1,128 @@
+"""Which checkpoints stay. Pure functions over what the files say of themselves; needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainbus.checkpoint.folder import CheckpointFile
+
+__all__ = ["KeepBest", "KeepEvery", "KeepLast", "Retention", "superfluous"]
+
+
+class Retention:
+    """Says which of a run's files stay. Combine some with ``|``: a file stays if any says so."""
+
+    def kept(self, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+        """Return those of *files* (in order of ``sequence``) that stay."""
+        raise NotImplementedError
+
+    def __or__(self, other: Retention) -> Retention:
+        return _AnyOf((self, other))
+
+
+@dataclass(frozen=True)
+class KeepLast(Retention):
+    """
+    Keep the newest files.
+
+    Args:
+        number: How many, at least 1.
+    """
+
+    number: int
+
+    def __post_init__(self) -> None:
+        _check_positive("KeepLast", self.number)
+
+    def kept(self, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+        """Return the newest of *files*."""
+        return list(files[-self.number :])
+
+
+@dataclass(frozen=True)
+class KeepBest(Retention):
+    """
+    Keep the files with the best scores, by the metric they were judged by; the older of equals.
+
+    Files whose score is not finite, or that were judged by another metric than the newest, are not
+    among the best.
+
+    Args:
+        number: How many, at least 1.
+    """
+
+    number: int
+
+    def __post_init__(self) -> None:
+        _check_positive("KeepBest", self.number)
+
+    def kept(self, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+        """Return the best of *files*."""
+        if not files:
+            return []
+        judged_by = (files[-1].manifest.monitor, files[-1].manifest.mode)
+        scored = [
+            (-score if judged_by[1] == "max" else score, file)
+            for file in files
+            if (file.manifest.monitor, file.manifest.mode) == judged_by
+            and (score := file.manifest.score) is not None
+            and math.isfinite(score)
+        ]
+        return [file for _, file in sorted(scored, key=lambda one: one[0])[: self.number]]
+
+
+@dataclass(frozen=True)
+class KeepEvery(Retention):
+    """
+    Keep each so many epochs' or steps' file for ever; one of them is given.
+
+    Args:
+        epochs: Counted from the run's first, from 1 on.
+        steps: Training batches, counted over the run.
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.epochs, self.steps) if value is not None]
+        if len(given) != 1:
+            raise TypeError(
+                f"KeepEvery takes either epochs or steps, got {self.epochs!r} and {self.steps!r}. "
+                "Combine two with |."
+            )
+        _check_positive("KeepEvery", given[0])
+
+    def kept(self, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+        """Return those of *files* whose epoch or step is a multiple."""
+        if self.epochs is not None:
+            return [file for file in files if (file.manifest.epoch + 1) % self.epochs == 0]
+        assert self.steps is not None
+        return [file for file in files if file.manifest.global_step % self.steps == 0]
+
+
+@dataclass(frozen=True)
+class _AnyOf(Retention):
+    parts: tuple[Retention, ...]
+
+    def kept(self, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+        return [file for part in self.parts for file in part.kept(files)]
+
+
+def superfluous(files: Sequence[CheckpointFile], keep: Retention) -> list[str]:
+    """
+    Return the paths of those of *files* that need not stay, oldest first. The best one always stays.
+
+    Args:
+        files: Of one stream and one run, in order of ``sequence``.
+        keep: What stays.
+    """
+    staying = {file.path for file in (keep | KeepBest(1)).kept(files)}
+    return [file.path for file in files if file.path not in staying]
+
+
+def _check_positive(name: str, number: object) -> None:
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{name} takes a positive int, got {number!r}.")
