@@ -49,7 +49,7 @@ def read_state(path: str | os.PathLike[str], only: Collection[str] | None) -> Lo
     wanted = _require_keys(only)
     finish_saves(path)
     value, manifest = load_file(path)
-    state = from_plain(value)
+    state = from_plain(value, path)
     if _is_full_state(state, manifest):
         return LoadedState(state, wanted, manifest)
     if only is not None and wanted != {"module"}:

@@ -96,7 +96,7 @@ def load(
     """
     finish_saves(path)
     value, _ = load_file(path, map_location=map_location, verify=verify, trust_pickle=trust_pickle)
-    return from_plain(value)
+    return from_plain(value, path)
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:

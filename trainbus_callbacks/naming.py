@@ -173,13 +173,18 @@ class NameTemplate:
         stem = name[: len(name) - len(extension[0])] if extension else name
         stem = _HOLES.sub(functools.partial(_close_hole, stem), stem)
         stem = "_".join(filter(None, (stem, suffix)))
-        return stem + (extension[0] if extension else "")
+        return self._visible(stem + (extension[0] if extension else ""))
+
+    def _visible(self, name: str) -> str:
+        """Return *name* such that a value at its begin makes no hidden file and nothing like an option."""
+        return f"_{name}" if isinstance(self._parts[0], _Field) and name.startswith((".", "-")) else name
 
     def _check_length(self) -> None:
         literal = sum(len(os.fsencode(part)) for part in self._parts if isinstance(part, str))
         room = MAX_NAME_BYTES - literal - _SHORT_LENGTH * len(self.fields)
         # What may be added for fields without a value.
         room -= len("_epoch_step") + 2 * _SHORT_LENGTH if set(self.fields) - set(COUNTERS) else 0
+        room -= isinstance(self._parts[0], _Field)  # see _visible
         if room < 0:
             raise ValueError(
                 f"Cannot use {self._text!r}: with its fields filled, its last component may exceed "

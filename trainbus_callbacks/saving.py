@@ -422,7 +422,7 @@ def _decides(handler: Any) -> bool:
 def _reason(name: str, logs: Mapping[str, Any], unusable: Mapping[str, Any]) -> str:
     if name in unusable:
         return f"{name!r}: its value is {reprlib.repr(unusable[name])}, which is not one real number."
-    known = ", ".join(logs) or "none"
+    known = ", ".join(one if one.isprintable() else repr(one) for one in logs) or "none"
     return f"{name!r}: it is not among the logs.{did_you_mean(name, logs)} Available: {known}."
 
 

@@ -1,4 +1,4 @@
-"""Saving, failing, crashing, restarting, removing, corrupting, loading, in any order, beside a small model."""
+"""Saving, failing, crashing, restarting, corrupting, loading, in any order, beside a small model."""
 
 from __future__ import annotations
 

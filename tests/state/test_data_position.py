@@ -202,7 +202,7 @@ class Run:
         self.rng: Any = None
 
     def load(self, file: bytes) -> None:
-        state = from_plain(torch.load(io.BytesIO(file), weights_only=True))
+        state = from_plain(torch.load(io.BytesIO(file), weights_only=True), "a.pt")
         self.positions.load_state_dict(state["data"])
         self.epoch, self.begun, self.rng = state["epoch"], state["begun"], state["rng"]
 

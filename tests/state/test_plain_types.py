@@ -24,7 +24,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainbus.errors import StateMismatchError, UnsavableStateError
+from trainbus.errors import CheckpointCorruptError, UnsavableStateError
 from trainbus.state.plain_types import find_problems, from_plain, to_plain
 
 
@@ -77,7 +77,7 @@ def loaded(value: Any) -> Any:
 
 
 def round_trip(state: Any) -> Any:
-    return from_plain(loaded(to_plain(state)))
+    return from_plain(loaded(to_plain(state)), "a.pt")
 
 
 def same(one: Any, other: Any) -> bool:
@@ -519,14 +519,14 @@ class TestFromPlain:
         """What holds no list of NumPy values is given back as it is."""
         plain = {"a": torch.ones(2)}
 
-        assert from_plain(plain) is plain
+        assert from_plain(plain, "a.pt") is plain
 
     def test_own_memory(self) -> None:
         """An array that is given back does not share memory with the loaded tensor."""
         plain = loaded(to_plain({"a": np.ones(3)}))
         tensor = plain["a"]
 
-        array = from_plain(plain)["a"]
+        array = from_plain(plain, "a.pt")["a"]
         tensor.zero_()
 
         assert array.tolist() == [1, 1, 1]
@@ -537,5 +537,5 @@ class TestFromPlain:
     )
     def test_list_does_not_fit(self, entry: Any) -> None:
         """A list of paths that does not fit the state is an error that says so."""
-        with pytest.raises(StateMismatchError, match="Cannot give a NumPy value back"):
-            from_plain({"a": [torch.ones(2)], "trainbus.numpy": [entry]})
+        with pytest.raises(CheckpointCorruptError, match="does not fit the rest"):
+            from_plain({"a": [torch.ones(2)], "trainbus.numpy": [entry]}, "a.pt")

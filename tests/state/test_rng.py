@@ -38,7 +38,7 @@ def through_a_file(state: Any) -> Any:
     file = io.BytesIO()
     torch.save(to_plain(state), file)
     file.seek(0)
-    return from_plain(torch.load(file, weights_only=True))
+    return from_plain(torch.load(file, weights_only=True), "a.pt")
 
 
 class FakeCuda:

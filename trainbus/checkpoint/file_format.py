@@ -29,6 +29,7 @@ __all__ = [
     "NO_DIGEST",
     "Ending",
     "Manifest",
+    "ends_in_manifest",
     "fit_manifest",
     "open_regular",
     "read_ending",
@@ -43,6 +44,9 @@ END_RECORD_BYTES = 22
 
 _SIGNATURE = b"PK\x05\x06"
 _LARGEST_COMMENT = 65_535
+# What torch's zip reader reads at once, and by how much it goes back for the next block.
+_BLOCK_BYTES = 4096
+_BLOCK_STEP = _BLOCK_BYTES - 3
 _LARGEST_INT = 2**63 - 1
 NO_DIGEST = "0" * 32
 """What stands in the digest's place while it is computed."""
@@ -149,15 +153,15 @@ def seal(
             "comment. Write it with torch.save in its default format."
         )
     fitted = replace(fit_manifest(manifest), size=0, digest=NO_DIGEST)
-    comment = _encode(fitted)
+    comment = _padded(_encode(fitted), before)
     # The size counts its own digits. Each round can only lengthen it, so this ends.
     while (size := before + END_RECORD_BYTES + len(comment)) != fitted.size:
         fitted = replace(fitted, size=size)
-        comment = _encode(fitted)
+        comment = _padded(_encode(fitted), before)
     record = end_record[:20] + len(comment).to_bytes(2, "little")
     hasher.update(record + comment)
     final = replace(fitted, digest=hasher.hexdigest())
-    return final, record + _encode(final)
+    return final, record + _encode(final).ljust(len(comment))
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -192,6 +196,19 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest | None:
     return None if ending is None else ending.manifest
 
 
+def ends_in_manifest(path: str | os.PathLike[str]) -> bool:
+    """
+    Tell whether the end of a file is a manifest, be it in order or not.
+
+    Raises:
+        CheckpointCorruptError: It is no regular file.
+        OSError: It cannot be read.
+    """
+    with open_regular(path) as file:
+        comment = _read_comment(file, os.fstat(file.fileno()).st_size)
+    return comment is not None and _HEAD.match(comment) is not None
+
+
 def read_ending(file: BinaryIO, path: str | os.PathLike[str]) -> Ending | None:
     """Do what `read_manifest` does, with an open *file*; *path* is for the messages."""
     size = os.fstat(file.fileno()).st_size
@@ -222,6 +239,19 @@ def _read_comment(file: BinaryIO, size: int) -> bytes | None:
                 return tail[start:]
             at = tail.rfind(_SIGNATURE, 0, at + 3)
     return None
+
+
+def _padded(comment: bytes, before: int) -> bytes:
+    """
+    Return *comment* with as many spaces behind it as plain ``torch.load`` needs.
+
+    The zip reader in torch looks for the end record in blocks, from the file's end on, and fails
+    if it comes to one that would begin in front of the file. Where the comment is most of a small
+    file, its length therefore has to be such that a block begins in the bytes *before* the record.
+    """
+    beyond = before + END_RECORD_BYTES + len(comment) - _BLOCK_BYTES
+    begin = beyond % _BLOCK_STEP
+    return comment if beyond <= 0 or begin <= before else comment + b" " * (_BLOCK_STEP - begin)
 
 
 def _encoded_length(manifest: Manifest) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainbus.checkpoint.file_format import Manifest, open_regular, read_manifest
+from trainbus.checkpoint.file_format import Manifest, ends_in_manifest, open_regular, read_manifest
 from trainbus.errors import CheckpointCorruptError
 
 __all__ = ["CheckpointFile", "CheckpointFolder"]
@@ -77,7 +78,7 @@ class CheckpointFolder:
     def _candidates(self) -> list[str]:
         try:
             with os.scandir(self.path) as entries:
-                return [entry.path for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+                return [entry.path for entry in entries if not entry.name.startswith(".") and _is_file(entry)]
         except FileNotFoundError:
             return []
 
@@ -93,6 +94,15 @@ class CheckpointFolder:
             return None
 
 
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself leads to no file
+            return False
+        raise
+
+
 def _value(file: CheckpointFile, monitor: str) -> float:
     if monitor in file.manifest.logs:
         return file.manifest.logs[monitor]
@@ -104,6 +114,7 @@ def _value(file: CheckpointFile, monitor: str) -> float:
 def _is_foreign(path: str) -> bool:
     try:
         with open_regular(path) as file:
-            return file.read(len(_ZIP_START)) != _ZIP_START
+            begins_as_zip = file.read(len(_ZIP_START)) == _ZIP_START
+        return not begins_as_zip and not ends_in_manifest(path)
     except (CheckpointCorruptError, OSError):
         return False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
-from trainbus.checkpoint.file_format import Manifest, open_regular, read_ending
+from trainbus.checkpoint.file_format import END_RECORD_BYTES, Manifest, open_regular, read_ending
 from trainbus.checkpoint.verify import check_digest
 from trainbus.errors import CheckpointCorruptError, UntrustedPickleError
 
@@ -19,6 +20,10 @@ MapLocation: TypeAlias = str | torch.device | dict[str, str] | Callable[[Any, st
 """What ``torch.load`` takes as ``map_location``."""
 
 _ZIP_START = b"PK\x03\x04"
+# The end record of zip64, and the locator that follows it and says where it is.
+_LOCATOR_BYTES = 20
+_ZIP64_BYTES = 56 + _LOCATOR_BYTES
+_LETTERS_IN_STORAGE = re.compile(r"^[^/]*/data/.*[A-Za-z]")
 
 
 def load_file(
@@ -60,6 +65,7 @@ def load_file(
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            _forget_unchecked_tensors()
             if trust_pickle and isinstance(error, ImportError | AttributeError):
                 raise
             if manifest is None and "Unsupported global" in str(error):
@@ -86,19 +92,39 @@ def _examine(file: BinaryIO, path: str | os.PathLike[str], *, verify: bool) -> M
 def _check_directory(file: BinaryIO, path: str | os.PathLike[str]) -> None:
     """Refuse a zip that would unpack to more than it is, or that begins before its first record."""
     try:
-        records = zipfile.ZipFile(file).infolist()
+        directory = zipfile.ZipFile(file)
+        records = directory.infolist()
     except Exception as error:
         # Hostile directories make zipfile raise half a dozen different things.
         raise CheckpointCorruptError(path, f"its zip directory is broken ({_first_words(error)})") from error
+    file_size = os.fstat(file.fileno()).st_size
     sizes = sum(record.file_size for record in records)
     if (
         any(record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 for record in records)
         or any(record.file_size != record.compress_size for record in records)
-        or len({record.filename for record in records}) != len(records)
+        # Torch finds a record without regard to the case of letters, and numbers those of storages.
+        or len({record.filename.lower() for record in records}) != len(records)
+        or any(_LETTERS_IN_STORAGE.search(record.filename) for record in records)
         or min((record.header_offset for record in records), default=-1) != 0
-        or sizes > os.fstat(file.fileno()).st_size
+        or sizes > file_size
+        or not _has_one_directory(file, file_size - END_RECORD_BYTES - len(directory.comment))
     ):
         raise CheckpointCorruptError(path, "its zip directory is not one that torch.save writes")
+
+
+def _has_one_directory(file: BinaryIO, end_record: int) -> bool:
+    """Tell whether a zip64 directory, if there is one, is where both `zipfile` and torch look for it."""
+    file.seek(max(0, end_record - _ZIP64_BYTES))
+    before = file.read(min(_ZIP64_BYTES, end_record))
+    locator = before[-_LOCATOR_BYTES:]
+    if not locator.startswith(b"PK\x06\x07"):
+        return True
+    return int.from_bytes(locator[8:16], "little") == end_record - _ZIP64_BYTES
+
+
+def _forget_unchecked_tensors() -> None:
+    """Drop the sparse tensors of a load that failed: torch would check them with those of the next file."""
+    getattr(torch._utils, "_sparse_tensors_to_validate", []).clear()
 
 
 def _first_words(error: BaseException) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import reprlib
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainbus.errors import StateMismatchError, UnsavableStateError
+from trainbus.errors import CheckpointCorruptError, UnsavableStateError
 from trainbus.state.remedies import describe, describe_array, describe_key, describe_scalar
 
 __all__ = ["find_problems", "from_plain", "to_plain"]
@@ -80,30 +82,29 @@ def find_problems(state: Any) -> list[tuple[str, str]]:
     return walk.problems
 
 
-def from_plain(plain: Any) -> Any:
+def from_plain(plain: Any, path: str | os.PathLike[str]) -> Any:
     """
     Undo `to_plain`: give NumPy values back where *plain* lists them.
 
     Args:
         plain: What was loaded. Its containers are changed and belong to the result.
+        path: The file it came from, for the message.
 
     Raises:
-        StateMismatchError: If the list of NumPy values does not fit the rest.
+        CheckpointCorruptError: If the list of NumPy values does not fit the rest.
     """
     if type(plain) not in (dict, OrderedDict) or NUMPY_KEY not in plain:
         return plain
-    listed = plain.pop(NUMPY_KEY)
-    root = plain["value"] if plain.pop(WRAPPED_KEY, False) else plain
-    for entry in listed:
-        try:
-            path, kind, dtype = entry
-            root = _replaced(root, path, kind, dtype)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise StateMismatchError(
-                f"Cannot give a NumPy value back: {entry!r} in {NUMPY_KEY!r} does not fit the state "
-                f"({type(error).__name__}: {error}). The file was changed by hand; delete that key to "
-                "get tensors and numbers instead."
-            ) from error
+    entry = listed = plain.pop(NUMPY_KEY)
+    try:
+        root = plain["value"] if plain.pop(WRAPPED_KEY, False) else plain
+        for entry in listed:
+            keys, kind, dtype = entry
+            root = _replaced(root, keys, kind, dtype)
+    except Exception as error:
+        # The list may hold anything, and NumPy may raise anything about it.
+        reason = f"{reprlib.repr(entry)} under {NUMPY_KEY!r} does not fit the rest of its state"
+        raise CheckpointCorruptError(path, f"{reason} ({type(error).__name__}: {error})") from error
     return root
 
 
