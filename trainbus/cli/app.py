@@ -39,3 +39,21 @@ def verify(
     from trainbus.cli.verify import run
 
     raise typer.Exit(run(paths, as_json=as_json))
+
+
+@app.command()
+def bench(
+    folder: Annotated[str | None, typer.Argument(help="On the disk to try. Default: here.")] = None,
+    size: Annotated[int, typer.Option(min=1, help="MiB of parameters.")] = 256,
+    tensors: Annotated[int, typer.Option(min=1, help="In how many tensors.")] = 64,
+    step_ms: Annotated[int, typer.Option(min=0, help="Milliseconds of a step beside the optimizer's.")] = 100,
+    device: Annotated[str, typer.Option(help="Where the parameters are: cpu, cuda, ...")] = "auto",
+    every: Annotated[int, typer.Option(min=1, help="Batches between two saves, for the verdict.")] = 500,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each kind of save is measured.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Measure what a save costs a training on this disk and device, beside torch.save."""
+    from trainbus.cli.bench import Load, chosen_device, run
+
+    load = Load(size, tensors, step_ms / 1000, chosen_device(device))
+    run(folder, load, rounds, every, as_json=as_json)
