@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -92,6 +93,7 @@ class Run(RuleBasedStateMachine):
     def crash(self, name, call, at):
         """End the process in front of a call, as a kill would: nothing is cleaned up, the run begins anew."""
         crashed, renamed = [], []
+        before = open_files()
 
         def die(made, number):
             if crashed or (made == call and disk.made.count(call) == at):
@@ -110,6 +112,9 @@ class Run(RuleBasedStateMachine):
             self.now_there(name)
         self.handler.bus.take_held_back()
         self.handler._leave_bus()
+        for fd in open_files() - before:  # as the kernel does when a process dies
+            with contextlib.suppress(OSError):
+                os.close(fd)
         self.start()
 
     @precondition(lambda self: self.files)
@@ -149,6 +154,14 @@ class Run(RuleBasedStateMachine):
                 trainbus.verify(self.path(name))
         known = [os.path.basename(one.path) for one in CheckpointFolder(self.folder)]
         assert [name for name in known if name in self.files] == list(self.files)
+
+
+def open_files():
+    """Return the numbers of this process's open files."""
+    with os.scandir("/dev/fd") as entries:
+        # The one that is open for this alone leads nowhere any more once it is closed.
+        numbers = [int(entry.name) for entry in entries]
+    return {number for number in numbers if os.path.exists(f"/dev/fd/{number}")}
 
 
 @pytest.fixture(autouse=True)
