@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import threading
+import time
 from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
@@ -22,12 +23,16 @@ CALLS = tuple(
 
 class FaultyDisk(Disk):
     """
-    The real disk, but some of its calls fail. As a context manager, what the saves of this process go to.
+    The real disk, but some of its calls fail, or take their time. As a context manager, what the saves of
+    this process go to.
 
     ```python
     with FaultyDisk(errno.ENOSPC, calls=["write"], at=2):
         with pytest.raises(CheckpointWriteError):
             trainbus.save(state, "a.pt")
+
+    with FaultyDisk(seconds=0.5, calls=["fsync"]):      # slow, but nothing fails
+        handler.fit(...)
     ```
 
     A call that is to fail does nothing, `close` excepted, after which the descriptor is gone whatever
@@ -38,15 +43,16 @@ class FaultyDisk(Disk):
         calls: Which calls count, by name (`CALLS`); by default all.
         at: Which of those is the first to fail, from 1.
         times: How many fail from there on; ``math.inf`` for ever.
+        seconds: How much longer each call that counts takes, on the thread that makes it.
         before: Called before each call that counts, with its name and number, on the thread that
-            makes it: to be slow (``time.sleep``), to wait, or to end the process.
+            makes it: to wait for something else, or to end the process.
 
     Attributes:
         made: The names of the calls that counted so far, in order.
         failed: How many of them failed.
 
     Raises:
-        ValueError: A name in *calls* is none.
+        ValueError: A name in *calls* is none, or a number is out of its range.
     """
 
     def __init__(
@@ -56,16 +62,23 @@ class FaultyDisk(Disk):
         calls: Collection[str] = CALLS,
         at: int = 1,
         times: float = 1,
+        seconds: float = 0.0,
         before: Callable[[str, int], Any] | None = None,
     ) -> None:
         unknown = set(calls) - set(CALLS)
         if unknown:
             raise ValueError(f"calls must be out of {', '.join(CALLS)}, got {', '.join(sorted(unknown))}.")
+        if at < 1 or times < 0 or seconds < 0:
+            raise ValueError(
+                f"Calls are counted from 1, and nothing is negative, got at={at!r}, times={times!r}, "
+                f"seconds={seconds!r}. The second write fails with calls=['write'], at=2."
+            )
         self.made: list[str] = []
         self.failed = 0
         self._error = error
         self._calls = frozenset(calls)
         self._first, self._behind = at, at + times
+        self._seconds = seconds
         self._before = before
         self._lock = threading.Lock()
 
@@ -87,6 +100,7 @@ class FaultyDisk(Disk):
             number = len(self.made)
             fails = self._error is not None and self._first <= number < self._behind
             self.failed += fails
+        time.sleep(self._seconds)
         if self._before is not None:
             self._before(name, number)
         return fails
