@@ -120,6 +120,8 @@ class FakeHandler:
         saves: What `save_async` was asked for, in order.
         epoch, batch, global_step, total_epochs: As of `Handler`; moved by `emit_run` or the test.
         accumulating: Whether gradients of an unfinished accumulation are pending.
+        optimizer: What a callback may look at; None unless the test sets it.
+        logged: The metrics that `log` was given, by name.
         stopped, stop_reason: What `stop` was told.
     """
 
@@ -134,6 +136,8 @@ class FakeHandler:
     ) -> None:
         self.rank = rank
         self.module = module
+        self.optimizer: Any = None
+        self.logged: dict[str, Any] = {}
         self.resumed = resumed
         self.run_id = run_id or uuid.uuid4().hex
         self.epoch = 0
@@ -163,6 +167,10 @@ class FakeHandler:
             key = f"{callback.state_key}#{count}"
         self.callbacks[key] = callback
         return callback
+
+    def log(self, *, weight: Any = None, **scalars: Any) -> None:
+        """Record the metrics in `logged`; the logs of events do not get them."""
+        self.logged.update(scalars)
 
     def prepare_saves(self, *, weights_only: bool = False) -> None:
         """Do nothing: there is no memory to prepare."""
