@@ -42,6 +42,21 @@ def verify(
 
 
 @app.command()
+def ls(
+    folder: Annotated[str, typer.Argument(help="The folder.")] = ".",
+    monitor: Annotated[str | None, typer.Option(help="The metric by which one is the best.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="Whether less or more of it is better: min or max.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List the checkpoints of a folder: epoch, step, metrics, size, age, which is best and which newest."""
+    from trainbus.cli.ls import run
+
+    run(folder, monitor, mode, as_json=as_json)
+
+
+@app.command()
 def bench(
     folder: Annotated[str | None, typer.Argument(help="On the disk to try. Default: here.")] = None,
     size: Annotated[int, typer.Option(min=1, help="MiB of parameters.")] = 256,
