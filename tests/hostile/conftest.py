@@ -70,6 +70,7 @@ def _in_child(tmp_path_factory) -> Callable[..., Outcome]:
                     Path("/proc/self/clear_refs").write_text("5")
                     before = _memory("VmRSS")
                     answer["value"] = work()
+                    # A kernel that takes pages of libraries back meanwhile makes it look smaller.
                     answer["growth"] = _memory("VmHWM") - before
                     status = 0
                 except BaseException:
