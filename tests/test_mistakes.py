@@ -657,7 +657,7 @@ NOT_TOLD_YET = [
         "ModelCheckpoint('{epoch}.pt', keep=KeepBest(2))",
         ValueError,
         ("keep", "KeepBest(2)", "needs a metric", "monitor='val_loss'"),
-        "nothing: without scores no file is among the best, so each is removed once it is durable",
+        "nothing: without scores no file is among the best, so only the newest stays",
     ),
     (
         "ModelCheckpoint('last.pt', keep=KeepLast(3))",

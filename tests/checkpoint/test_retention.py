@@ -47,21 +47,26 @@ class TestKeepLast:
         """The best file stays whatever else is asked for."""
         assert superfluous(files(0.5, 0.1, 0.4, 0.3), KeepLast(1)) == ["0.pt", "2.pt"]
 
+    @pytest.mark.parametrize("keep", [KeepBest(1), KeepEvery(epochs=9)])
+    def test_newest_stays_too(self, keep):
+        """The newest file stays whatever else is asked for, also where no rule keeps any."""
+        assert superfluous(unscored(3), keep) == ["0.pt", "1.pt"]
+
 
 class TestKeepBest:
-    @pytest.mark.parametrize(("mode", "gone"), [("min", ["0.pt", "2.pt"]), ("max", ["1.pt", "3.pt"])])
+    @pytest.mark.parametrize(("mode", "gone"), [("min", ["0.pt", "2.pt"]), ("max", ["1.pt"])])
     def test_best_stay(self, mode, gone):
-        """The best by the files' own mode stay."""
+        """The best by the files' own mode stay, beside the newest."""
         assert superfluous(files(0.9, 0.2, 0.5, 0.1, mode=mode), KeepBest(2)) == gone
 
     def test_older_of_equals(self):
         """Of equal scores the older file stays."""
-        assert superfluous(files(0.5, 0.5, 0.5), KeepBest(1)) == ["1.pt", "2.pt"]
+        assert superfluous(files(0.5, 0.5, 0.5), KeepBest(1)) == ["1.pt"]
 
     @pytest.mark.parametrize("score", [None, float("nan"), float("inf"), float("-inf")])
     def test_not_finite(self, score):
         """A score that is no finite number is never among the best."""
-        assert superfluous(files(score, 0.5, score), KeepBest(2)) == ["0.pt", "2.pt"]
+        assert superfluous(files(score, 0.5, score), KeepBest(2)) == ["0.pt"]
 
     def test_other_metrics_files(self):
         """What was judged by another metric cannot be compared, and is not among the best."""
@@ -72,8 +77,8 @@ class TestKeepBest:
 
 class TestKeepEvery:
     def test_epochs(self):
-        """Each third epoch's file stays."""
-        assert superfluous(unscored(7), KeepEvery(epochs=3)) == ["0.pt", "1.pt", "3.pt", "4.pt", "6.pt"]
+        """Each third epoch's file stays, and the newest."""
+        assert superfluous(unscored(7), KeepEvery(epochs=3)) == ["0.pt", "1.pt", "3.pt", "4.pt"]
 
     def test_steps(self):
         """Each so many steps' file stays."""

@@ -60,6 +60,18 @@ class TestWhatStays:
 
         assert names() == ["1.pt", "2.pt", "4.pt", "5.pt"]
 
+    def test_everything_is_removed(self, train):
+        """While no file has a score by which it could be among the best, the newest stays."""
+        train([math.nan, math.nan], ModelCheckpoint("{epoch}.pt", monitor="val_loss", keep=KeepBest(1)))
+
+        assert names() == ["2.pt"]
+
+    def test_nothing_new_is_there_to_resume_from(self, train):
+        """The newest file stays until there is a newer one, so that a run can be continued."""
+        train([0.5] * 6, ModelCheckpoint("{epoch}.pt", keep=KeepEvery(epochs=4)))
+
+        assert names() == ["4.pt", "6.pt"]
+
     def test_an_interval_leaves_one_file(self, train):
         """Without a rule every file stays: one for each epoch, as the name says."""
         train([0.5] * 3, ModelCheckpoint("{epoch}.pt"))

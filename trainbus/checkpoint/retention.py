@@ -113,13 +113,16 @@ class _AnyOf(Retention):
 
 def superfluous(files: Sequence[CheckpointFile], keep: Retention) -> list[str]:
     """
-    Return the paths of those of *files* that need not stay, oldest first. The best one always stays.
+    Return the paths of those of *files* that need not stay, oldest first.
+
+    The best one always stays, and the newest: a run can be continued from it, and a rule under which no
+    file stays, such as the best where none has a score, would remove each once it is written.
 
     Args:
         files: Of one stream and one run, in order of ``sequence``.
         keep: What stays.
     """
-    staying = {file.path for file in (keep | KeepBest(1)).kept(files)}
+    staying = {file.path for file in (keep | KeepBest(1) | KeepLast(1)).kept(files)}
     return [file.path for file in files if file.path not in staying]
 
 
