@@ -62,7 +62,8 @@ class ModelCheckpoint(Callback):
 
         keep:
             Which of this callback's files stay once a new one is durable: `KeepLast(3)`, `KeepBest(2)`,
-            `KeepEvery(epochs=10)`, or several with ``|``; by default all. The best file and the newest always stay.
+            `KeepEvery(epochs=10)`, or several with ``|``; by default all. The best file and the
+            newest always stay.
 
         name: What the state is saved under; by default `state_key` is made of the arguments.
 

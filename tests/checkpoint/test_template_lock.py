@@ -19,10 +19,13 @@ import os, sys, time
 from trainbus.checkpoint.template_lock import TemplateLock
 lock = TemplateLock(sys.argv[1], sys.argv[2])
 if sys.argv[3] == "fork":
+    read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        print(os.getpid(), flush=True)
+        os.write(write, b".")
         time.sleep(600)
+    os.read(read, 1)
+    print(child, flush=True)  # by one process alone, so that lines cannot mix
 print("held", flush=True)
 time.sleep(600)
 """
