@@ -97,7 +97,21 @@ class TestExact:
 
         assert_resumes_exactly(Training(), kill_at=LATE)
 
-    def test_runs_by_steps_and_by_hand(self, tmp_path):
+    def test_threads(self):
+        """A training has one thread of torch: those of a forked parent are gone, and would be waited for."""
+        threads = torch.get_num_threads()
+
+        class Counted(Training):
+            def prepare(self):
+                assert torch.get_num_threads() == 1
+
+        try:
+            torch.set_num_threads(2)
+            assert_resumes_exactly(Counted(), kill_at=LATE)
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_by_hand(self, tmp_path):
         """A loop that emits by hand is killed and compared like any other."""
 
         def train(folder):
@@ -155,6 +169,25 @@ class TestNotExact:
         assert " more\n" in text
         assert "is in no checkpoint" in text and "extra={...}" in text
         assert "give assert_resumes_exactly a folder" in text
+
+    def test_after_the_last_save(self):
+        """What differs only at the very end is found too, although no checkpoint holds it."""
+
+        class Late(Training):
+            def prepare(self):
+                self.steps = 0
+
+            def step(self, handler, x, y):
+                self.steps += 1
+                super().step(handler, x, y)
+
+            def after_epoch(self, handler):
+                if handler.epoch == 1:
+                    torch.nn.init.constant_(self.model[2].bias, self.steps)
+
+        text = failure(Late())
+
+        assert "\n  at train_end: state['module']['2.bias'] differs in 1 of 1 values, by at most 4\n" in text
 
     def test_a_generator_of_ones_own(self):
         """Random numbers of a generator that is not saved are found, although the global ones are."""
