@@ -467,6 +467,22 @@ MISTAKES = [
         "Set bus.handler",
         "trainbus.testing.FakeHandler",
     ),
+    (
+        "EarlyStopping(patience=-1)",
+        ValueError,
+        "patience",
+        "got -1",
+        "counts epochs",
+        "an int of at least 0",
+    ),
+    (
+        "end_epoch(EarlyStopping('val_los', mode='min'), val_loss=1.0)",
+        RuntimeWarning,
+        "cannot judge this epoch by 'val_los'",
+        "there is no such number in the logs",
+        "It waits for it",
+        "Did you mean 'val_loss'? Available: 'val_loss'",
+    ),
     # runs
     (
         "handler(extra={'settings': {'lr': 0.1}['lr']})",
