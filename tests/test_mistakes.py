@@ -605,58 +605,70 @@ MISTAKES = [
         "Known events: train_begin",
         "Did you mean 'epoch_end'?",
     ),
-]
-
-
-# The same, where it is not told yet, or not all of it; and what it is told instead.
-NOT_TOLD_YET = [
+    # the wrong kind of thing, and what can never come to pass
     (
         "ModelCheckpoint(None)",
         TypeError,
-        ("filepath", "None", "a str or a path", "e.g. 'best.pt'"),
-        "the words are those of os.fspath, without the argument's name",
+        "filepath",
+        "None",
+        "a str or a path",
+        "e.g. 'best.pt'",
     ),
     (
         "handler(max_pending=0)",
         ValueError,
-        ("max_pending", "got 0", "must be", "at least 1"),
-        "it speaks of 'buffers', which is no argument of a Handler",
+        "max_pending",
+        "got 0",
+        "must be",
+        "at least 1",
     ),
     (
         "handler(torch.optim.SGD)",
         TypeError,
-        ("optimizer", "SGD", "a class", "instance"),
-        "a class has a state_dict too; the first save fails instead",
+        "optimizer",
+        "SGD",
+        "a class",
+        "instance",
     ),
     (
         "handler().add_callback(ModelCheckpoint)",
         TypeError,
-        ("Cannot add", "ModelCheckpoint", "a class", "instance"),
-        "Python's own TypeError of a missing argument 'bus'",
+        "Cannot add",
+        "ModelCheckpoint",
+        "a class",
+        "instance",
     ),
     (
         "handler().add_callback(print)",
         TypeError,
-        ("Cannot add", "print", "Callback", "handler.on"),
-        "AttributeError: no attribute 'attach'",
+        "Cannot add",
+        "print",
+        "Callback",
+        "handler.on",
     ),
     (
         "run = handler(); run.save('a.pt'); run.resume('a.pt')",
         NotADirectoryError,
-        ("Cannot resume", "'a.pt'", "a folder", "handler.load"),
-        "only the errno and the path",
+        "Cannot resume",
+        "'a.pt'",
+        "a folder",
+        "handler.load",
     ),
     (
         "Path('notes.txt').touch(); handler().save('notes.txt/a.pt')",
         CheckpointWriteError,
-        ("Cannot write checkpoint", "notes.txt/a.pt", "Not a directory", "Training state is unharmed"),
-        "NotADirectoryError of looking into the folder for the last sequence number",
+        "Cannot write checkpoint",
+        "notes.txt/a.pt",
+        "Not a directory",
+        "Training state is unharmed",
     ),
     (
         "Path('notes.txt').write_text('nothing ' * 100); trainbus.load('notes.txt')",
         ValueError,
-        ("'notes.txt'", "is no checkpoint", "torch.save", "trainbus.save"),
-        "that it is damaged, to load an older one, and torch's advice to set weights_only=False",
+        "'notes.txt'",
+        "is no checkpoint",
+        "torch.save",
+        "trainbus.save",
     ),
     (
         """
@@ -666,26 +678,34 @@ NOT_TOLD_YET = [
         fake.bus.emit("train_begin")
         """,
         ValueError,
-        ("'best.pt'", "two", "overwrite", "another name"),
-        "nothing: the second one's best is overwritten each epoch",
+        "'best.pt'",
+        "two",
+        "overwrite",
+        "another name",
     ),
     (
         "ModelCheckpoint('{epoch}.pt', keep=KeepBest(2))",
         ValueError,
-        ("keep", "KeepBest(2)", "needs a metric", "monitor='val_loss'"),
-        "nothing: without scores no file is among the best, so only the newest stays",
+        "keep",
+        "KeepBest(2)",
+        "needs a metric",
+        "monitor='val_loss'",
     ),
     (
         "ModelCheckpoint('last.pt', keep=KeepLast(3))",
         RuntimeWarning,
-        ("keep", "KeepLast(3)", "'last.pt'", "{epoch}"),
-        "nothing: under one fixed name there is never more than one file",
+        "keep",
+        "KeepLast(3)",
+        "'last.pt'",
+        "{epoch}",
     ),
     (
         "end_run(ModelCheckpoint('{epoch}.pt', save_freq=1000))",
         RuntimeWarning,
-        ("ModelCheckpoint('{epoch}.pt', save_freq=1000)", "saved nothing", "6", "save_freq"),
-        "nothing: a run of fewer batches than save_freq ends without a checkpoint",
+        "ModelCheckpoint('{epoch}.pt', save_freq=1000)",
+        "saved nothing",
+        "6",
+        "save_freq",
     ),
 ]
 
@@ -719,20 +739,6 @@ def test_is_told(written, kind, what, where, rule, step):
         warnings.simplefilter("ignore", RuntimeWarning)  # what else it is told on the way
         with expected(kind, match=told(what, where, rule, step)):
             write(written)
-
-
-@pytest.mark.parametrize(
-    ("written", "kind", "words"),
-    [
-        pytest.param(
-            *row[:3], marks=pytest.mark.xfail(strict=True, reason=row[3]), id=" ".join(row[0].split())
-        )
-        for row in NOT_TOLD_YET
-    ],
-)
-def test_is_to_be_told(written, kind, words):
-    """The message should say what is wrong, where, what the rule is, and what to do next."""
-    test_is_told(written, kind, *words)
 
 
 class TestSaidInTheLog:

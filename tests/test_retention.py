@@ -12,7 +12,7 @@ from torch import nn
 
 from trainbus import Handler
 from trainbus.testing import FakeHandler, FaultyDisk, emit_run
-from trainbus_callbacks import KeepBest, KeepLast, ModelCheckpoint
+from trainbus_callbacks import KeepBest, KeepEvery, KeepLast, ModelCheckpoint
 
 WAIT = 60.0
 
@@ -116,12 +116,25 @@ class TestFiles:
         assert removed == ["1.pt", "2.pt"]
 
 
+class TestRepr:
+    @pytest.mark.parametrize(
+        "keep",
+        [KeepLast(3), KeepBest(2), KeepEvery(epochs=10), KeepEvery(steps=5), KeepLast(3) | KeepBest(2)],
+    )
+    def test_is_what_was_written(self, keep):
+        """In messages a retention looks as it does in the script."""
+        names = {"KeepLast": KeepLast, "KeepBest": KeepBest, "KeepEvery": KeepEvery}
+
+        assert eval(repr(keep), names) == keep
+        assert "=None" not in repr(keep) and "number" not in repr(keep)
+
+
 class TestFake:
     def test_save_says_what_is_kept(self):
         """A test with fake events sees which retention goes with a save."""
         handler = FakeHandler()
-        handler.add_callback(ModelCheckpoint("{epoch}.pt", keep=KeepBest(2)))
-        emit_run(handler.bus, epochs=1)
+        handler.add_callback(ModelCheckpoint("{epoch}.pt", monitor="val_loss", keep=KeepBest(2)))
+        emit_run(handler.bus, epochs=1, logs={"val_loss": 0.5})
 
         assert [save.keep for save in handler.saves] == [KeepBest(2)]
 

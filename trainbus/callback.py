@@ -10,7 +10,7 @@ from typing import Any
 from trainbus.bus import EventBus, Subscription
 from trainbus.errors import StateMismatchError, SubscriptionError, UnknownEventError, did_you_mean
 
-__all__ = ["Callback"]
+__all__ = ["Callback", "require_callback"]
 
 
 class Callback:
@@ -102,3 +102,16 @@ class Callback:
                 "bus.declare before attaching."
             )
         return receivers
+
+
+def require_callback(thing: object) -> None:
+    """Raise TypeError, with the next step, for what is no instance of `Callback`."""
+    if isinstance(thing, Callback):
+        return
+    if isinstance(thing, type) and issubclass(thing, Callback):
+        name = thing.__name__
+        raise TypeError(f"Cannot add {name}: it is a class. Add an instance, add_callback({name}(...)).")
+    raise TypeError(
+        f"Cannot add {thing!r}: it is no trainbus.Callback. Subscribe a function with "
+        "handler.on('epoch_end', function), or derive its class from Callback."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -75,7 +76,16 @@ def resumable_files(folder: str | os.PathLike[str]) -> list[CheckpointFile]:
 
 def load_newest(folder: str | os.PathLike[str], load: Callable[[str], Manifest | None]) -> Manifest | None:
     """Give *load* the files to go on from until one is not damaged; return its manifest, None without one."""
-    for file in resumable_files(folder):
+    try:
+        files = resumable_files(folder)
+    except NotADirectoryError as error:
+        path = os.fspath(folder)
+        raise NotADirectoryError(
+            errno.ENOTDIR,
+            f"Cannot resume from {path!r}: resume takes a folder and looks for the newest checkpoint in it. "
+            f"Give the folder, or load this one file with handler.load({path!r})",
+        ) from error
+    for file in files:
         try:
             manifest = load(file.path)
         except CheckpointCorruptError as error:

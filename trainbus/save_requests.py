@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -213,6 +214,8 @@ class SaveRequests:
         folder = os.path.dirname(os.path.abspath(path))
         if folder not in self._counted_folders:
             self._counted_folders.add(folder)
-            self._sequence = max(self._sequence, CheckpointFolder(folder).greatest_sequence())
+            # Where a file is in the folder's place nothing can be written, as the writer will tell.
+            with contextlib.suppress(NotADirectoryError):
+                self._sequence = max(self._sequence, CheckpointFolder(folder).greatest_sequence())
         self._sequence += 1
         return self._sequence

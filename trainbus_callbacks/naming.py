@@ -56,6 +56,10 @@ class FilledName(NamedTuple):
     missing: tuple[str, ...]
 
 
+def _no_path(template: object) -> TypeError:
+    return TypeError(f"filepath must be a str or a path, e.g. 'best.pt', got {template!r}.")
+
+
 class NameTemplate:
     """
     A path whose last component holds fields such as ``{epoch:03d}`` or ``{val_loss:.4f}``.
@@ -77,9 +81,12 @@ class NameTemplate:
     """
 
     def __init__(self, template: str | os.PathLike[str]) -> None:
-        text = os.fspath(template)
+        try:
+            text = os.fspath(template)
+        except TypeError:
+            raise _no_path(template) from None
         if not isinstance(text, str):
-            raise TypeError(f"A template of file names must be a str or a path, got {template!r}.")
+            raise _no_path(template)
         self._text = text
         folder, self._parts = _split(_parse(text), text)
         self.folder = os.path.expanduser(folder) or "."

@@ -104,17 +104,14 @@ class ModelCheckpoint(Callback):
         self.mode = resolve_mode(monitor, mode)
         self.save_freq = save_freq
         self.initial_value_threshold = initial_value_threshold
-        if not (keep is None or isinstance(keep, Retention)):
-            raise TypeError(
-                "keep must be KeepLast(3), KeepBest(2), KeepEvery(epochs=10) or several with |, got "
-                f"{keep!r}."
-            )
-        self.keep = keep
+        self.keep = _checked_keep(keep, monitor, self._template)
         self._name = name
         self._shared = shared
         self._ledger = ScoreLedger(self.mode, initial_value_threshold)
         self._last_due: float | None = None  # by time.monotonic()
         self._due = False  # a save fell into gradient accumulation and waits for its end
+        self._was_due = False  # ever, in this process
+        self._saw_epoch_end = False
         self._prepared = False
         self._batches_hold_metric: bool | None = None  # None: no batch was seen yet
         self._looked_for_other_runs = False
@@ -149,9 +146,10 @@ class ModelCheckpoint(Callback):
     # -- events
 
     def on_train_begin(self, handler: Any) -> None:
-        """Warn of another run's files."""
+        """Refuse a name that another callback saves under, and warn of another run's files."""
         if _decides(handler):
             self._last_due = time.monotonic()
+            self._refuse_name_of_another(handler)
             self._reserve(handler)
             self._warn_of_other_runs(handler)
 
@@ -180,6 +178,7 @@ class ModelCheckpoint(Callback):
         """Save if by `save_freq` it is time to, or if a save waited for gradient accumulation to end."""
         if not _decides(handler):
             return
+        self._saw_epoch_end = True
         if self._trigger.within_epochs:
             self._check_metric_is_there_in_time(logs)
             self._ledger.gate(as_float(logs.get(self.monitor)) if self.monitor is not None else None)
@@ -192,6 +191,17 @@ class ModelCheckpoint(Callback):
             return
         expects = self.save_best_only or self._trigger.at_epoch_ends
         self._consider(handler, epoch, batch, global_step, logs, expects_metric=expects)
+
+    def on_train_end(self, handler: Any) -> None:
+        """Warn if by `save_freq` it was never time to save in a run of one epoch or more."""
+        if not _decides(handler) or not self._saw_epoch_end or self._was_due:
+            return
+        if self._ledger.expected.last_step_saved is None and self._is_new("never due"):
+            _warn(
+                f"{self.state_key} saved nothing in this run of {handler.global_step} batch(es): "
+                f"save_freq={self.save_freq!r} never came to pass. Choose a smaller one, or add one with |, "
+                "e.g. | Every(epochs=1)."
+            )
 
     def on_checkpoint_saved(self, save: Any) -> None:
         """Count the file as there."""
@@ -250,6 +260,10 @@ class ModelCheckpoint(Callback):
     def _judged_by(self) -> str | None:
         return self.mode if self.monitor is not None else None
 
+    @property
+    def _place(self) -> str:
+        return os.path.join(os.path.abspath(self._template.folder), self._template.last)
+
     def _seconds(self) -> float:
         if self._last_due is None:
             self._last_due = time.monotonic()
@@ -257,7 +271,7 @@ class ModelCheckpoint(Callback):
 
     def _ask_trigger(self, moment: Moment) -> None:
         if self._trigger.is_due(moment):
-            self._due = True
+            self._due = self._was_due = True
             self._last_due = time.monotonic()
 
     def _has_just_saved(self, global_step: int) -> bool:
@@ -300,6 +314,17 @@ class ModelCheckpoint(Callback):
         self._reserve(handler)
         moment = f"step {global_step}" if self._trigger.within_epochs else f"epoch {epoch + 1}"
         self._save(handler, name.path, epoch, global_step, logs, score, moment)
+
+    def _refuse_name_of_another(self, handler: Any) -> None:
+        for other in handler.callbacks.values():
+            if not isinstance(other, ModelCheckpoint) or other is self:
+                continue
+            if other._place == self._place:
+                raise ValueError(
+                    f"{self.state_key} and {other.state_key} are two callbacks with one name for their "
+                    f"files, {self.filepath!r}: they would overwrite each other's. Give one of them "
+                    "another name."
+                )
 
     def _reserve(self, handler: Any) -> None:
         if not self._shared:
@@ -402,6 +427,25 @@ class ModelCheckpoint(Callback):
         new = what not in self._said
         self._said.add(what)
         return new
+
+
+def _checked_keep(keep: Any, monitor: str | None, template: NameTemplate) -> Retention | None:
+    if keep is None:
+        return None
+    if not isinstance(keep, Retention):
+        raise TypeError(
+            f"keep must be KeepLast(3), KeepBest(2), KeepEvery(epochs=10) or several with |, got {keep!r}."
+        )
+    if keep.needs_scores and monitor is None:
+        raise ValueError(f"keep={keep!r} needs a metric to judge by. Name it, e.g. monitor='val_loss'.")
+    if not template.fields:
+        warnings.warn(
+            f"keep={keep!r} has nothing to choose from: each save under {template.last!r} replaces the one "
+            "before. Put a field into the name, e.g. {epoch}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return keep
 
 
 def _short(trigger: Trigger) -> Trigger | int | None:

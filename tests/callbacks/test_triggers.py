@@ -127,6 +127,34 @@ class TestModelCheckpoint:
 
         assert [save.global_step for save in handler.saves] == [3, 6, 9]
 
+    def test_run_in_which_it_was_never_time(self):
+        """A run that ends without a file because none was ever due says so, once."""
+        with pytest.warns(RuntimeWarning, match=r"saved nothing in this run of 6 batch"):
+            assert saved(Every(steps=7)) == []
+
+    def test_run_that_ends_in_its_first_epoch(self):
+        """Where no epoch came to its end, nothing was to be expected and nothing is said."""
+        handler = FakeHandler()
+        handler.add_callback(ModelCheckpoint("m.pt"))
+        for event in ("train_begin", "epoch_begin", "train_batch_begin", "train_batch_end", "train_end"):
+            handler.bus.emit(event)
+
+        assert handler.saves == []
+
+    def test_continued_run_that_had_saved(self):
+        """Where the run saved before it was continued, nothing is said if nothing more was due."""
+        callback = ModelCheckpoint("m.pt", save_freq=100)
+        callback.load_state_dict({"last_epoch_saved": 0, "last_step_saved": 100})
+        handler = FakeHandler(resumed=True)
+        handler.add_callback(callback)
+        emit_run(handler.bus)
+
+        assert handler.saves == []
+
+    def test_due_and_held_back(self):
+        """Where it was time and the metric did not allow a save, the frequency is not to blame."""
+        assert saved(3, monitor="val_loss", mode="min", initial_value_threshold=0.1) == []
+
     def test_epoch_whose_last_batch_was_saved_is_not_saved_again(self):
         """Where a batch and its epoch's end are both due, one file is written."""
         assert saved(Every(steps=3) | Every(epochs=1)) == [3, 6]

@@ -77,14 +77,6 @@ class TestStagingMemory:
 
         assert len(memory.acquire(100).mapping) == 4096
 
-    @pytest.mark.parametrize("buffers", [0, -1])
-    def test_no_buffers(self, buffers):
-        """
-        There is at least one buffer.
-        """
-        with pytest.raises(ValueError, match=f"buffers must be at least 1, got {buffers}"):
-            StagingMemory(buffers)
-
     def test_threads(self):
         """
         Threads that take and release at the same time never share a buffer.

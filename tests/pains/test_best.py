@@ -187,7 +187,6 @@ class TestFile:
 
         assert sorted(os.listdir()) == ["2.pt", "3.pt"]
 
-    @pytest.mark.xfail(strict=True, reason="two callbacks of one handler may save under one name")
     def test_the_best_file_is_overwritten_by_the_last(self, train):
         """Two callbacks that would write one file are refused when the training begins."""
         with pytest.raises(ValueError, match=r"'model.pt'"):

@@ -20,6 +20,7 @@ MapLocation: TypeAlias = str | torch.device | dict[str, str] | Callable[[Any, st
 """What ``torch.load`` takes as ``map_location``."""
 
 _ZIP_START = b"PK\x03\x04"
+_PICKLE_START = b"\x80"  # of files that torch wrote before 1.6
 # The end record of zip64, and the locator that follows it and says where it is.
 _LOCATOR_BYTES = 20
 _ZIP64_BYTES = 56 + _LOCATOR_BYTES
@@ -70,8 +71,17 @@ def load_file(
                 raise
             if manifest is None and "Unsupported global" in str(error):
                 raise UntrustedPickleError(path, _first_words(error)) from error
-            raise CheckpointCorruptError(path, f"it cannot be read ({_first_words(error)})") from error
+            raise CheckpointCorruptError(path, _why_unreadable(file, error)) from error
     return state, manifest
+
+
+def _why_unreadable(file: BinaryIO, error: Exception) -> str:
+    file.seek(0)
+    if file.read(1) not in (_ZIP_START[:1], _PICKLE_START):
+        return (
+            "it is no checkpoint, as neither trainbus.save nor torch.save writes a file that begins like it"
+        )
+    return f"it cannot be read ({_first_words(error)})"
 
 
 def _examine(file: BinaryIO, path: str | os.PathLike[str], *, verify: bool) -> Manifest | None:

@@ -12,7 +12,14 @@ __all__ = ["KeepBest", "KeepEvery", "KeepLast", "Retention", "superfluous"]
 
 
 class Retention:
-    """Says which of a run's files stay. Combine some with ``|``: a file stays if any says so."""
+    """
+    Says which of a run's files stay. Combine some with ``|``: a file stays if any says so.
+
+    Attributes:
+        needs_scores: Whether it judges files by the monitored metric.
+    """
+
+    needs_scores: bool = False
 
     def kept(self, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
         """Return those of *files* (in order of ``sequence``) that stay."""
@@ -36,6 +43,9 @@ class KeepLast(Retention):
     def __post_init__(self) -> None:
         _check_positive("KeepLast", self.number)
 
+    def __repr__(self) -> str:
+        return f"KeepLast({self.number})"
+
     def kept(self, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
         """Return the newest of *files*."""
         return list(files[-self.number :])
@@ -53,10 +63,15 @@ class KeepBest(Retention):
         number: How many, at least 1.
     """
 
+    needs_scores = True
+
     number: int
 
     def __post_init__(self) -> None:
         _check_positive("KeepBest", self.number)
+
+    def __repr__(self) -> str:
+        return f"KeepBest({self.number})"
 
     def kept(self, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
         """Return the best of *files*."""
@@ -95,6 +110,9 @@ class KeepEvery(Retention):
             )
         _check_positive("KeepEvery", given[0])
 
+    def __repr__(self) -> str:
+        return f"KeepEvery(epochs={self.epochs})" if self.steps is None else f"KeepEvery(steps={self.steps})"
+
     def kept(self, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
         """Return those of *files* whose epoch or step is a multiple."""
         if self.epochs is not None:
@@ -106,6 +124,13 @@ class KeepEvery(Retention):
 @dataclass(frozen=True)
 class _AnyOf(Retention):
     parts: tuple[Retention, ...]
+
+    @property
+    def needs_scores(self) -> bool:  # type: ignore[override]
+        return any(part.needs_scores for part in self.parts)
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.parts))
 
     def kept(self, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
         return [file for part in self.parts for file in part.kept(files)]

@@ -82,8 +82,6 @@ class StagingMemory:
     """
 
     def __init__(self, buffers: int = 1) -> None:
-        if buffers < 1:
-            raise ValueError(f"buffers must be at least 1, got {buffers!r}.")
         self._buffers = buffers
         self._reset()
         _ALL.add(self)

@@ -95,6 +95,10 @@ def check_parts(parts: Parts) -> None:
         for place, one in named.items():
             if one is None and place == key != "module":
                 continue
+            if isinstance(one, type):
+                raise TypeError(
+                    f"Cannot save {place}={one.__qualname__}: it is a class. Give an instance of it."
+                )
             if not all(callable(getattr(one, method, None)) for method in ("state_dict", "load_state_dict")):
                 raise TypeError(
                     f"Cannot save {place}={one!r}: it has no state_dict() and load_state_dict(). "
