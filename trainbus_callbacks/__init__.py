@@ -8,6 +8,7 @@ from trainbus_callbacks.early_stopping import EarlyStopping
 from trainbus_callbacks.learning_rate_monitor import LearningRateMonitor
 from trainbus_callbacks.progress_bar import ProgressBar
 from trainbus_callbacks.saving import ModelCheckpoint
+from trainbus_callbacks.tensorboard_logger import TensorBoardLogger
 from trainbus_callbacks.terminate_on_nan import TerminateOnNaN
 from trainbus_callbacks.triggers import Every, Moment, Trigger
 
@@ -23,6 +24,7 @@ __all__ = [
     "Moment",
     "ProgressBar",
     "Retention",
+    "TensorBoardLogger",
     "TerminateOnNaN",
     "Trigger",
 ]
