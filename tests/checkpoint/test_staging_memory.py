@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import ctypes
+import gc
 import mmap
 import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from trainbus.checkpoint.staging_copy import take_snapshot
-from trainbus.checkpoint.staging_memory import StagingBuffer, StagingMemory
+from trainbus.checkpoint.staging_memory import StagingBuffer, StagingMemory, map_pages
 
 
 class TestStagingMemory:
@@ -246,3 +249,35 @@ class TestFork:
         assert os.read(read, 10) == b"left out"
         os.close(read)
         os.close(write)
+
+    @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTFORK"), reason="children inherit the memory here")
+    def test_garbage_of_the_parent_takes_nothing_from_a_child(self):
+        """
+        Memory that nobody holds any more when a process forks is not given back in the child, where
+        something else may lie at its address.
+        """
+        size, fixed_and_new = 3 << 20, 0x100000
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        gc.disable()
+        try:
+            cycle: list[object] = [mapping := map_pages(size)]
+            cycle.append(cycle)
+            address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
+            del cycle, mapping
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | fixed_and_new
+                    place = ctypes.c_void_p(address), ctypes.c_size_t(size)
+                    own = libc.mmap(*place, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, ctypes.c_size_t(0))
+                    gc.collect()
+                    ctypes.memset(address, 1, size)  # a segmentation fault where it is gone
+                    status = 0 if own == address else 2
+                finally:
+                    os._exit(status)
+        finally:
+            gc.enable()
+
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

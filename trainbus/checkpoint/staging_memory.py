@@ -25,7 +25,12 @@ def map_pages(size: int) -> mmap.mmap:
     mapping = mmap.mmap(-1, pages * mmap.PAGESIZE)
     if hasattr(mmap, "MADV_DONTFORK"):
         mapping.madvise(mmap.MADV_DONTFORK)
+    _MAPPED.add(mapping)
     return mapping
+
+
+_MAPPED: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_INHERITED: list[mmap.mmap] = []
 
 
 class StagingBuffer:
@@ -126,13 +131,14 @@ class StagingMemory:
 
 
 _ALL: weakref.WeakSet[StagingMemory] = weakref.WeakSet()
-_INHERITED: list[mmap.mmap | None] = []
 
 
 def _forget_in_child() -> None:
+    # Kept for ever, whoever has them, be it garbage not yet collected: they are not there in the child,
+    # so freeing one would unmap addresses that by then hold something else.
+    _INHERITED.extend(_MAPPED)
+    _MAPPED.clear()
     for memory in list(_ALL):
-        # Kept for ever: freeing them would unmap addresses that by then hold something else.
-        _INHERITED.extend(buffer.mapping for buffer in (*memory._free, *memory._taken))
         memory._reset()
 
 
