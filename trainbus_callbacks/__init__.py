@@ -7,6 +7,7 @@ from trainbus_callbacks.csv_logger import CSVLogger
 from trainbus_callbacks.early_stopping import EarlyStopping
 from trainbus_callbacks.learning_rate_monitor import LearningRateMonitor
 from trainbus_callbacks.progress_bar import ProgressBar
+from trainbus_callbacks.save_on_request import SaveOnRequest
 from trainbus_callbacks.saving import ModelCheckpoint
 from trainbus_callbacks.tensorboard_logger import TensorBoardLogger
 from trainbus_callbacks.terminate_on_nan import TerminateOnNaN
@@ -24,6 +25,7 @@ __all__ = [
     "Moment",
     "ProgressBar",
     "Retention",
+    "SaveOnRequest",
     "TensorBoardLogger",
     "TerminateOnNaN",
     "Trigger",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from trainbus.errors import did_you_mean
 
-__all__ = ["MAX_NAME_BYTES", "FilledName", "NameTemplate"]
+__all__ = ["COUNTERS", "MAX_NAME_BYTES", "FilledName", "NameTemplate"]
 
 MAX_NAME_BYTES = 200
 

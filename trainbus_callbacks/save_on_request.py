@@ -1,0 +1,141 @@
+"""SaveOnRequest: one save now, asked for from outside of the process, and training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+from trainbus.callback import Callback
+from trainbus_callbacks.naming import COUNTERS, NameTemplate
+
+__all__ = ["SaveOnRequest"]
+
+_log = logging.getLogger("trainbus")
+
+
+class SaveOnRequest(Callback):
+    """
+    Save once when somebody touches a file or sends a signal: ``touch runs/save-now``, ``kill -USR2 PID``.
+
+    A request is only noted when it comes. It is answered on the training thread at the end of the batch at
+    hand, also of a validation batch, while gradients accumulate at the next optimizer step; requests that
+    come before the answer are one. Rank 0 looks and writes. A save that was skipped because the writer was
+    busy is asked for again.
+
+    Args:
+        filepath: A template such as ``"runs/asked_{global_step}.pt"``; its fields are ``epoch``
+            (1-based), ``batch`` (completed in this epoch) and ``global_step``.
+        request_file: Touch it to ask; it is removed when the request is taken. By default ``save-now`` in
+            the folder of *filepath*.
+        signum: The signal that asks; None: no signal. Its earlier handler is called too, and is back after
+            the run. Other ranks take the signal as well, so that it does not kill them.
+        seconds_between_looks: How often to look for the file at most.
+
+    Raises:
+        TypeError: If *filepath* is no path.
+        ValueError: If *filepath* has other fields, or a number is negative.
+    """
+
+    priority = 100  # after what changes the state at the same event
+
+    def __init__(
+        self,
+        filepath: str | os.PathLike[str],
+        *,
+        request_file: str | os.PathLike[str] | None = None,
+        signum: int | None = signal.SIGUSR2,
+        seconds_between_looks: float = 1.0,
+    ) -> None:
+        self._template = NameTemplate(filepath)
+        others = [name for name in self._template.fields if name not in COUNTERS]
+        if others:
+            raise ValueError(
+                f"filepath has the field {others[0]!r}, and which metrics there are depends on the moment of "
+                f"the request. Use {', '.join(COUNTERS)}."
+            )
+        if not seconds_between_looks >= 0:
+            raise ValueError(
+                f"seconds_between_looks must be a number of at least 0, got {seconds_between_looks!r}."
+            )
+        default = os.path.join(self._template.folder, "save-now")
+        self.request_file = os.path.expanduser(os.fspath(request_file or default))
+        self.signum = signum
+        self._seconds_between_looks = seconds_between_looks
+        self._last_look = -float("inf")  # by time.monotonic()
+        self._requested = False
+        self._is_listening = False
+        self._earlier_handler: Any = None
+
+    @property
+    def state_key(self) -> str:
+        """Name and file name, so that two of them keep their files apart."""
+        return f"SaveOnRequest({self._template.last!r})"
+
+    def on_train_begin(self) -> None:
+        """Listen to the signal, if this is the main thread: only there can Python receive one."""
+        if self.signum is None or self._is_listening:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            _log.warning(
+                "SaveOnRequest cannot receive %s: training is not on the main thread. Touch %r instead.",
+                signal.Signals(self.signum).name,
+                self.request_file,
+            )
+            return
+        self._earlier_handler = signal.signal(self.signum, self._note)
+        self._is_listening = True
+
+    def on_train_batch_end(self, handler: Any, epoch: int) -> None:
+        """Save if it was asked for."""
+        self._answer(handler, epoch)
+
+    on_val_batch_end = on_train_batch_end
+    on_epoch_end = on_train_batch_end
+
+    def on_checkpoint_skipped(self, stream: str) -> None:
+        """Ask again at the next event."""
+        if stream == self.state_key:
+            self._requested = True
+
+    def on_train_end(self) -> None:
+        """Leave the signal to whom it belonged; say if a request comes too late."""
+        if self._is_listening and self.signum is not None:
+            # None: it was set by something else than Python, which has to set it again itself.
+            signal.signal(self.signum, self._earlier_handler or signal.SIG_DFL)
+            self._is_listening = False
+        if self._requested:
+            _log.warning("The save that was asked for came too late: training has ended.")
+            self._requested = False
+
+    def _note(self, signum: int, frame: Any) -> None:
+        # On the main thread between any two instructions: nothing else may be touched here.
+        self._requested = True
+        if callable(self._earlier_handler):
+            self._earlier_handler(signum, frame)
+
+    def _answer(self, handler: Any, epoch: int) -> None:
+        if handler.rank != 0:
+            self._requested = False
+            return
+        self._look_for_file()
+        if not self._requested:
+            return
+        self._requested = False
+        counters = {"epoch": epoch + 1, "batch": handler.batch + 1, "global_step": handler.global_step}
+        path = self._template.fill(**counters, logs={}).path
+        _log.info("A save was asked for: %s", path)
+        handler.save_async(path, stream=self.state_key)
+
+    def _look_for_file(self) -> None:
+        now = time.monotonic()
+        if now - self._last_look < self._seconds_between_looks:
+            return
+        self._last_look = now
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.request_file)
+            self._requested = True
