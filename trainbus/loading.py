@@ -70,8 +70,7 @@ def resumable_files(folder: str | os.PathLike[str]) -> list[CheckpointFile]:
     Waits for saves into it that are pending in this process, also those of another handler.
     """
     finish_saves(folder)
-    files = [file for file in CheckpointFolder(folder) if file.manifest.contents == "state"]
-    return [file for file in reversed(files) if not file.manifest.interrupted]
+    return [file for file in reversed(list(CheckpointFolder(folder))) if file.is_resumable]
 
 
 def load_newest(folder: str | os.PathLike[str], load: Callable[[str], Manifest | None]) -> Manifest | None:

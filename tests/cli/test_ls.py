@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import trainbus
 from trainbus import Handler
 from trainbus.checkpoint import file_format
+from trainbus.checkpoint import folder as checkpoint_folder
 from trainbus.cli import ls
 from trainbus.cli.app import app
 
@@ -167,3 +168,12 @@ class TestCost:
 
         assert os.path.getsize(tmp_path / "a.pt") > 4 << 20
         assert read and max(read) <= 4096
+
+    def test_reads_each_file_once(self, folder, monkeypatch):
+        """One look at each file tells all that is said of it, the best and the newest included."""
+        read, real = [], checkpoint_folder.read_manifest
+        monkeypatch.setattr(checkpoint_folder, "read_manifest", lambda path: read.append(path) or real(path))
+        _, lines, _ = listed(folder)
+
+        assert [line.split("\t")[-1] for line in lines] == ["mark", "", "best", "newest"]
+        assert sorted(os.path.basename(path) for path in read) == ["m0.pt", "m1.pt", "m2.pt"]

@@ -6,13 +6,13 @@ import errno
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from trainbus.checkpoint.file_format import Manifest, ends_in_manifest, open_regular, read_manifest
 from trainbus.errors import CheckpointCorruptError
 
-__all__ = ["CheckpointFile", "CheckpointFolder"]
+__all__ = ["CheckpointFile", "CheckpointFolder", "best_of", "latest_of"]
 
 _log = logging.getLogger("trainbus")
 _ZIP_START = b"PK\x03\x04"
@@ -24,6 +24,25 @@ class CheckpointFile:
 
     path: str
     manifest: Manifest
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a run can be resumed from it."""
+        return self.manifest.contents == "state" and not self.manifest.interrupted
+
+
+def latest_of(files: Iterable[CheckpointFile]) -> CheckpointFile | None:
+    """Return the last of *files* that a run can be resumed from, or None."""
+    return next((file for file in reversed(list(files)) if file.is_resumable), None)
+
+
+def best_of(files: Iterable[CheckpointFile], monitor: str, mode: str) -> CheckpointFile | None:
+    """Return what `CheckpointFolder.best` says, out of *files* that were listed already."""
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
+    sign = 1.0 if mode == "min" else -1.0
+    ranked = [(sign * value, file) for file in files if math.isfinite(value := _value(file, monitor))]
+    return min(ranked, key=lambda entry: entry[0])[1] if ranked else None
 
 
 class CheckpointFolder:
@@ -51,11 +70,7 @@ class CheckpointFolder:
 
     def latest(self) -> CheckpointFile | None:
         """Return the newest that a run can be resumed from, or None."""
-        newest = None
-        for file in self:
-            if file.manifest.contents == "state" and not file.manifest.interrupted:
-                newest = file
-        return newest
+        return latest_of(self)
 
     def best(self, monitor: str, mode: str) -> CheckpointFile | None:
         """
@@ -65,11 +80,7 @@ class CheckpointFolder:
             monitor: The metric's name.
             mode: ``"min"`` or ``"max"``.
         """
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
-        sign = 1.0 if mode == "min" else -1.0
-        ranked = [(sign * value, file) for file in self if math.isfinite(value := _value(file, monitor))]
-        return min(ranked, key=lambda entry: entry[0])[1] if ranked else None
+        return best_of(self, monitor, mode)
 
     def greatest_sequence(self) -> int:
         """Return the greatest ``sequence`` of any checkpoint here, 0 if there is none."""

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
+from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder, best_of, latest_of
 
 __all__ = ["run"]
 
@@ -42,13 +42,13 @@ def run(folder: str, monitor: str | None, mode: str | None, *, as_json: bool) ->
     if not os.path.isdir(os.path.expanduser(folder)):
         what = "is a file: try `trainbus verify`" if os.path.exists(folder) else "does not exist"
         raise typer.BadParameter(f"{folder!r} {what}. `ls` takes a folder.")
-    checkpoints = CheckpointFolder(folder)
-    files = list(checkpoints)
-    best = _best(checkpoints, files, monitor, mode)
-    newest = checkpoints.latest()
-    marks = {file.path: "newest" for file in [newest] if file is not None}
-    for file in [best] if best is not None else []:
-        marks[file.path] = ", ".join(filter(None, ("best", marks.get(file.path))))
+    files = list(CheckpointFolder(folder))
+    best, newest = _best(files, monitor, mode), latest_of(files)
+    marks: dict[str, str] = {}
+    if newest is not None:
+        marks[newest.path] = "newest"
+    if best is not None:
+        marks[best.path] = "best, newest" if best is newest else "best"
     if as_json:
         for file in files:
             print(json.dumps(_facts(file, marks.get(file.path, ""))))
@@ -58,9 +58,7 @@ def run(folder: str, monitor: str | None, mode: str | None, *, as_json: bool) ->
     _print(rows, folder)
 
 
-def _best(
-    checkpoints: CheckpointFolder, files: Sequence[CheckpointFile], monitor: str | None, mode: str | None
-) -> CheckpointFile | None:
+def _best(files: Sequence[CheckpointFile], monitor: str | None, mode: str | None) -> CheckpointFile | None:
     judged = [file.manifest for file in files if monitor in (None, file.manifest.monitor)]
     latest = next((one for one in reversed(judged) if one.monitor is not None), None)
     monitor = monitor or (latest.monitor if latest is not None else None)
@@ -72,7 +70,7 @@ def _best(
             f"no file here was judged by {monitor!r}, so nobody knows whether less or more of it is better, "
             "and --mode must say it: min or max."
         )
-    return checkpoints.best(monitor, mode)
+    return best_of(files, monitor, mode)
 
 
 def _facts(file: CheckpointFile, mark: str) -> dict[str, Any]:
