@@ -10,7 +10,7 @@ from typing import Any
 from trainbus.bus import EventBus, Subscription
 from trainbus.errors import StateMismatchError, SubscriptionError, UnknownEventError, did_you_mean
 
-__all__ = ["Callback", "require_callback"]
+__all__ = ["Callback", "add_to"]
 
 
 class Callback:
@@ -104,8 +104,27 @@ class Callback:
         return receivers
 
 
-def require_callback(thing: object) -> None:
-    """Raise TypeError, with the next step, for what is no instance of `Callback`."""
+def add_to(callbacks: dict[str, Callback], callback: Callback, bus: EventBus) -> str:
+    """
+    Attach *callback* to *bus* and enter it in *callbacks*.
+
+    Returns:
+        Under which key: its `Callback.state_key`, with ``#2``, ``#3``, ... for more of one name.
+
+    Raises:
+        TypeError: It is no instance of `Callback`.
+    """
+    _require_callback(callback)
+    callback.attach(bus)
+    key, count = callback.state_key, 1
+    while key in callbacks:
+        count += 1
+        key = f"{callback.state_key}#{count}"
+    callbacks[key] = callback
+    return key
+
+
+def _require_callback(thing: object) -> None:
     if isinstance(thing, Callback):
         return
     if isinstance(thing, type) and issubclass(thing, Callback):

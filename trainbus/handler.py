@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from trainbus.bus import EventBus
-from trainbus.callback import Callback, require_callback
+from trainbus.callback import Callback, add_to
 from trainbus.checkpoint import fence
 from trainbus.checkpoint.file_format import Manifest, fit_manifest
 from trainbus.checkpoint.pending_save import PendingSave
@@ -144,13 +144,7 @@ class Handler(RunPosition):
 
     def add_callback(self, callback: C) -> C:
         """Attach *callback*, save its state with the run's, give it what was loaded for it; return it."""
-        require_callback(callback)
-        callback.attach(self.bus)
-        key, count = callback.state_key, 1
-        while key in self.callbacks:
-            count += 1
-            key = f"{callback.state_key}#{count}"
-        self.callbacks[key] = callback
+        key = add_to(self.callbacks, callback, self.bus)
         if key in self._unclaimed:
             callback.load_state_dict(self._unclaimed.pop(key))
         return callback

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from trainbus.bus import EventBus
-from trainbus.callback import Callback, require_callback
+from trainbus.callback import Callback, add_to
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.retention import Retention
@@ -160,13 +160,7 @@ class FakeHandler:
 
     def add_callback(self, callback: C) -> C:
         """Attach *callback* to the bus and return it; a second one of the same state key gets ``#2``."""
-        require_callback(callback)
-        callback.attach(self.bus)
-        key, count = callback.state_key, 1
-        while key in self.callbacks:
-            count += 1
-            key = f"{callback.state_key}#{count}"
-        self.callbacks[key] = callback
+        add_to(self.callbacks, callback, self.bus)
         return callback
 
     def log(self, *, weight: Any = None, **scalars: Any) -> None:
