@@ -10,13 +10,23 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from trainbus.errors import did_you_mean
 from trainbus_callbacks.scalars import as_float
 
-__all__ = ["KNOWN_METRICS", "Mode", "Proposal", "ScoreLedger", "Standing", "check_monitor", "resolve_mode"]
+__all__ = [
+    "KNOWN_METRICS",
+    "Mode",
+    "Proposal",
+    "ScoreLedger",
+    "Standing",
+    "check_monitor",
+    "is_comparable",
+    "resolve_mode",
+]
 
 Mode = Literal["min", "max"]
 
@@ -99,6 +109,34 @@ def resolve_mode(monitor: str | None, mode: str) -> Mode:
             "Pass mode='min' or mode='max'."
         )
     return guess
+
+
+def is_comparable(
+    state: Mapping[str, Any], monitor: str | None, mode: str | None, *, owner: str, what: str
+) -> bool:
+    """
+    Tell whether a saved state was judged by this metric in this direction; what it lacks counts as the same.
+
+    Args:
+        state: Of a callback, with keys ``monitor`` and ``mode``.
+        monitor: The callback's metric now.
+        mode: Its direction now.
+        owner: The callback, for the warning.
+        what: The part of the state that the warning says is not taken over.
+
+    Warns:
+        RuntimeWarning: If it was not.
+    """
+    for key, mine in (("monitor", monitor), ("mode", mode)):
+        if state.get(key, mine) != mine:
+            warnings.warn(
+                f"{owner} has {key} {mine!r}, the checkpoint's has {state[key]!r}: {what} is not comparable "
+                "and not taken over. Use the same arguments to continue it.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
+    return True
 
 
 @dataclass(frozen=True)

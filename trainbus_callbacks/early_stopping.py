@@ -10,7 +10,8 @@ from typing import Any
 
 from trainbus.callback import Callback
 from trainbus.errors import did_you_mean
-from trainbus_callbacks.best_score import resolve_mode
+from trainbus_callbacks.arguments import require_count
+from trainbus_callbacks.best_score import is_comparable, resolve_mode
 from trainbus_callbacks.scalars import as_float, describe
 
 __all__ = ["EarlyStopping"]
@@ -58,8 +59,8 @@ class EarlyStopping(Callback):
     ) -> None:
         if not isinstance(monitor, str) or not monitor:
             raise TypeError(f"monitor must be the name of a metric, e.g. 'val_loss', got {monitor!r}.")
-        _require_count("patience", patience)
-        _require_count("start_from_epoch", start_from_epoch)
+        require_count("patience", patience, "epochs", least=0)
+        require_count("start_from_epoch", start_from_epoch, "epochs", least=0)
         if not (math.isfinite(min_delta) and min_delta >= 0):
             raise ValueError(
                 f"min_delta must be a finite number of at least 0, got {min_delta!r}. "
@@ -128,15 +129,8 @@ class EarlyStopping(Callback):
         Warns:
             RuntimeWarning: If it is of another monitor or mode; then nothing is taken.
         """
-        for key, mine in (("monitor", self.monitor), ("mode", self.mode)):
-            if state.get(key, mine) != mine:
-                warnings.warn(
-                    f"{self.state_key} has {key} {mine!r}, the checkpoint's has {state[key]!r}: what it has "
-                    "seen is not comparable and not taken over. Use the same arguments to continue it.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                return
+        if not is_comparable(state, self.monitor, self.mode, owner=self.state_key, what="what it has seen"):
+            return
         self.best = state.get("best", self.best)
         self.waited = state.get("waited", self.waited)
         self.stopped_because = state.get("stopped_because")
@@ -167,8 +161,3 @@ class EarlyStopping(Callback):
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-def _require_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} counts epochs and must be an int of at least 0, got {value!r}.")

@@ -16,7 +16,7 @@ from trainbus import ranks
 from trainbus.callback import Callback
 from trainbus.checkpoint.retention import Retention
 from trainbus.errors import PayloadError, did_you_mean
-from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, resolve_mode
+from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, is_comparable, resolve_mode
 from trainbus_callbacks.earlier_runs import reconcile, warning_of_other_runs
 from trainbus_callbacks.naming import FilledName, NameTemplate
 from trainbus_callbacks.scalars import as_float, describe, floats_of
@@ -234,15 +234,8 @@ class ModelCheckpoint(Callback):
             RuntimeWarning: If *state* is of another monitor or mode (nothing is taken), or its best
                 file is lost.
         """
-        for key, mine in (("monitor", self.monitor), ("mode", self._judged_by)):
-            if state.get(key, mine) != mine:
-                warnings.warn(
-                    f"{self.state_key} has {key} {mine!r}, the checkpoint's has {state[key]!r}: its best "
-                    "is not comparable and not taken over. Use the same arguments to continue it.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                return
+        if not is_comparable(state, self.monitor, self._judged_by, owner=self.state_key, what="its best"):
+            return
         best_score = as_float(state.get("best_score"))
         standing = Standing(
             best_score if best_score is not None and math.isfinite(best_score) else None,

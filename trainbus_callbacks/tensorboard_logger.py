@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainbus.callback import Callback
 from trainbus.errors import MissingExtraError
+from trainbus_callbacks.arguments import require_count
 from trainbus_callbacks.scalars import floats_of
 
 if TYPE_CHECKING:
@@ -42,10 +43,7 @@ class TensorBoardLogger(Callback):
     priority = 40  # after those that add metrics
 
     def __init__(self, log_dir: str | os.PathLike[str], *, every: int | None = 50) -> None:
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(
-                f"every counts training batches and must be an int of at least 1 or None, got {every!r}."
-            )
+        require_count("every", every, "training batches", least=1, or_none=True)
         if importlib.util.find_spec("tensorboard") is None:
             raise MissingExtraError(
                 "TensorBoardLogger needs tensorboard, which is not installed. "

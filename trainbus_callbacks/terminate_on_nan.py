@@ -8,6 +8,7 @@ from typing import Any
 
 from trainbus import ranks
 from trainbus.callback import Callback
+from trainbus_callbacks.arguments import require_count
 from trainbus_callbacks.scalars import as_float
 
 __all__ = ["TerminateOnNaN"]
@@ -35,10 +36,7 @@ class TerminateOnNaN(Callback):
     def __init__(self, *monitors: str, every: int = 1) -> None:
         if not all(isinstance(name, str) and name for name in monitors):
             raise ValueError(f"TerminateOnNaN takes names of metrics, e.g. 'loss', got {monitors!r}.")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(
-                f"every counts training batches and must be an int of at least 1, got {every!r}."
-            )
+        require_count("every", every, "training batches", least=1)
         self.monitors = monitors or ("loss",)
         self.every = every
 
