@@ -254,6 +254,7 @@ class Handler(RunPosition):
         score: float | None = None,
         removals: Sequence[str] = (),
         keep: Retention | None = None,
+        interrupted: bool = False,
     ) -> PendingSave:
         """
         Copy the state now, have it written in the background.
@@ -273,12 +274,14 @@ class Handler(RunPosition):
             removals: Files to remove once this one is durable.
             keep: Which of the files of *stream* and this run (and those it continues) stay then, by
                 what is in the folder; the others are removed on the writer thread.
+            interrupted: Mark the file as saved amid a batch that an exception ended. It is taken at once,
+                also while gradients accumulate, and `resume` passes it over unless it is asked for.
 
         Returns:
             A handle on the save; finished, with ``path=None``, on ranks other than 0.
         """
-        request = SaveRequest(stream, logs or {}, monitor, mode, score, removals, keep)
-        return self._saves.ask(path, weights_only, request, postpone=True)
+        request = SaveRequest(stream, logs or {}, monitor, mode, score, removals, keep, interrupted)
+        return self._saves.ask(path, weights_only, request, postpone=not interrupted)
 
     def check(self) -> None:
         """
@@ -301,6 +304,15 @@ class Handler(RunPosition):
         """
         if self.rank == 0:
             self._saver.prepare(lambda: self.collect(weights_only))
+
+    def keep_batch_starts(self) -> None:
+        """
+        Keep the random state from before each batch, from the next one on; `OnException` does.
+
+        A save in the body of a batch that has not changed the weights stands at that batch's beginning,
+        and with this its random numbers do too. Takes about 50 microseconds a batch.
+        """
+        self._moments.keep_batch_starts()
 
     def reserve(self, folder: str | os.PathLike[str], template: str) -> None:
         """
@@ -370,15 +382,19 @@ class Handler(RunPosition):
                 self.lineage = (*loaded.manifest.parents, loaded.manifest.run_id)
         return loaded.manifest
 
-    def resume(self, folder: str | os.PathLike[str]) -> Manifest | None:
+    def resume(self, folder: str | os.PathLike[str], *, interrupted: bool = False) -> Manifest | None:
         """
         Load the newest valid checkpoint in *folder*; damaged ones are named and passed over.
+
+        Args:
+            folder: Where to look.
+            interrupted: Take one that `OnException` has saved too, if it is the newest.
 
         Returns:
             Its manifest, or None if there is nothing to resume from: a first run goes on
             from the start with the same script.
         """
-        return load_newest(folder, self.load)
+        return load_newest(folder, self.load, interrupted=interrupted)
 
     # -- leaving
 
@@ -411,6 +427,7 @@ class Handler(RunPosition):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
+            self._loop.interrupt()
             self._saves.skip_postponed("the loop was left by an exception before the next optimizer step")
             end_training = [self._moments.end_training] if self._moments.training else []
             announce_and_leave(error, self, [self.finish_writing, *end_training, self.close])
@@ -434,9 +451,14 @@ class Handler(RunPosition):
         """Finish a batch or validation that the loop body left by ``break``."""
         self._loop.settle()
 
-    def finish_writing(self) -> None:
-        """Wait until the writer has nothing left to do; failures are delivered with the next event."""
-        self._saver.writer.flush()
+    def finish_writing(self, timeout: float | None = None) -> None:
+        """
+        Wait until the writer has nothing left to do; failures are delivered with the next event.
+
+        Raises:
+            TimeoutError: It took longer than *timeout* seconds. The writer goes on.
+        """
+        self._saver.writer.flush(timeout)
 
     def take_postponed_saves(self) -> None:
         """Take the saves that waited for an optimizer step."""

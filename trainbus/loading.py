@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -63,20 +64,36 @@ def read_state(path: str | os.PathLike[str], only: Collection[str] | None) -> Lo
     return LoadedState({"module": state}, wanted & {"module"}, manifest)
 
 
-def resumable_files(folder: str | os.PathLike[str]) -> list[CheckpointFile]:
+def resumable_files(folder: str | os.PathLike[str], *, interrupted: bool = False) -> list[CheckpointFile]:
     """
     Return the files of *folder* that a run can go on from, the newest first. Reads their ends only.
 
     Waits for saves into it that are pending in this process, also those of another handler.
+
+    Args:
+        folder: Where they are.
+        interrupted: Those that were saved amid a batch too; else newer ones of them are told of in the log.
     """
     finish_saves(folder)
-    return [file for file in reversed(list(CheckpointFolder(folder))) if file.is_resumable]
+    full = [file for file in reversed(list(CheckpointFolder(folder))) if file.manifest.contents == "state"]
+    if interrupted:
+        return full
+    newer = list(itertools.takewhile(lambda file: file.manifest.interrupted, full))
+    if newer:
+        logger.warning(
+            "Not resumed from %s, the newest: it was saved when an exception ended the run amid a batch. "
+            "resume(interrupted=True) takes it.",
+            newer[0].path,
+        )
+    return [file for file in full if file.is_resumable]
 
 
-def load_newest(folder: str | os.PathLike[str], load: Callable[[str], Manifest | None]) -> Manifest | None:
+def load_newest(
+    folder: str | os.PathLike[str], load: Callable[[str], Manifest | None], *, interrupted: bool = False
+) -> Manifest | None:
     """Give *load* the files to go on from until one is not damaged; return its manifest, None without one."""
     try:
-        files = resumable_files(folder)
+        files = resumable_files(folder, interrupted=interrupted)
     except NotADirectoryError as error:
         path = os.fspath(folder)
         raise NotADirectoryError(

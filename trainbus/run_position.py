@@ -55,6 +55,16 @@ class RunPosition:
         return self._moments.accumulating
 
     @property
+    def is_stepping(self) -> bool:
+        """
+        True while one of its optimizers is inside of ``step``.
+
+        It stays so until the next batch if an exception left a step: the weights may be half-updated.
+        Optimizers that are none of torch's go unseen.
+        """
+        return self._moments.progress.stepping > 0
+
+    @property
     def saves_in_flight(self) -> int:
         """Saves asked for and not yet durable, skipped or failed."""
         return len(self._saver.writer.unfinished) + self._saves.postponed

@@ -44,6 +44,7 @@ class SaveRequest:
         monitor, mode, score: By what the asker judges its files, and this one's value.
         removals: Files to remove once this one is durable.
         keep: Which files of *stream* and this run stay then; None: all.
+        interrupted: Taken amid a batch that an exception ended.
     """
 
     stream: str = ""
@@ -53,6 +54,7 @@ class SaveRequest:
     score: float | None = None
     removals: Sequence[str] = ()
     keep: Retention | None = None
+    interrupted: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class SaveRequests:
             score=request.score,
             created=time.time(),
             config=handler.config,
+            interrupted=request.interrupted,
             versions=versions(),
         )
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from trainbus.errors import did_you_mean
 
-__all__ = ["COUNTERS", "MAX_NAME_BYTES", "FilledName", "NameTemplate"]
+__all__ = ["COUNTERS", "MAX_NAME_BYTES", "FilledName", "NameTemplate", "require_counters"]
 
 MAX_NAME_BYTES = 200
 
@@ -197,6 +197,21 @@ class NameTemplate:
                 f"Cannot use {self._text!r}: with its fields filled, its last component may exceed "
                 f"{MAX_NAME_BYTES} bytes. Shorten it by {-room} bytes."
             )
+
+
+def require_counters(template: NameTemplate, moment: str) -> None:
+    """
+    Refuse a template with a metric in it, because which metrics there are depends on the *moment*.
+
+    Raises:
+        ValueError: Naming the first field that is none of `COUNTERS`.
+    """
+    other = next((name for name in template.fields if name not in COUNTERS), None)
+    if other is not None:
+        raise ValueError(
+            f"filepath has the field {other!r}, and which metrics there are depends on the moment of "
+            f"{moment}. Use {', '.join(COUNTERS)}."
+        )
 
 
 def _parse(text: str) -> list[str | _Field]:

@@ -67,6 +67,17 @@ class Loop:
                 self._progress.leave_batch()
                 moments.positions.closed("train")
 
+    def interrupt(self) -> None:
+        """
+        Leave what is open as it is, because an exception ended the loop: it has closed the generators too.
+
+        The batch at hand stays open, so that a checkpoint stands before it, and a validation is done again.
+        """
+        self._left_batches = False
+        if self._left_validation:
+            self._left_validation = False
+            self._moments.drop_validation()
+
     # -- what users call
 
     def epochs(self, n: int) -> Iterator[int]:
@@ -140,6 +151,7 @@ class Loop:
             iterator = moments.positions.open(loader, "train", restore_rng=moments.restore_rng)
         try:
             while not self._is_over():
+                moments.fetch_batch()
                 batch: Any = next(iterator, _END)
                 if batch is _END:
                     moments.positions.closed("train")

@@ -117,6 +117,7 @@ class Metrics:
         self._validated: dict[str, RunningMean] = {}
         self._validating: dict[str, RunningMean] | None = None
         self._batch = Logs()
+        self._before_batch: dict[str, RunningMean] = {}
 
     # -- logging
 
@@ -143,6 +144,13 @@ class Metrics:
     def begin_batch(self) -> None:
         """Start the logs of a new batch, of training or validation."""
         self._batch = Logs()
+
+    def begin_training_batch(self) -> None:
+        """Start the logs of a new training batch; remember the means as they are without it."""
+        self.begin_batch()
+        self._before_batch = {
+            name: RunningMean(mean.total, mean.weight) for name, mean in self._means.items()
+        }
 
     @property
     def batch_logs(self) -> Logs:
@@ -202,10 +210,16 @@ class Metrics:
 
     # -- resume
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums so far; a validation under way is left out, because it begins anew."""
+    def state_dict(self, *, before_batch: bool = False) -> dict[str, Any]:
+        """
+        Return the sums so far; a validation under way is left out, because it begins anew.
+
+        Args:
+            before_batch: Leave the training batch at hand out too, because a run that loads them repeats it.
+        """
+        means = self._before_batch if before_batch else self._means
         return {
-            "means": {name: (mean.total, mean.weight) for name, mean in self._means.items()},
+            "means": {name: (mean.total, mean.weight) for name, mean in means.items()},
             "validated": {name: (mean.total, mean.weight) for name, mean in self._validated.items()},
             "given": dict(self._given),
         }

@@ -55,6 +55,7 @@ class Moments:
             "val_batch_end": self.complete_val_batch,
         }
         self._handler = handler
+        self._keeps_batch_starts = False
         self._rng_to_restore: Any = None  # a checkpoint's, until the loop is where it stood
         self.reset()
 
@@ -72,6 +73,7 @@ class Moments:
         self._epoch_logs: Logs | None = None  # of the epoch_end being emitted
         self._held_rng: Any = None  # random state from just before the validation under way
         self._rng_at_break: Any = None  # random state from when the body was left, until that is settled
+        self._rng_at_batch: Any = None  # random state from before the batch at hand was fetched
         self._redo_validation = False  # the loaded checkpoint was taken in a validation
 
     def watch(self, optimizers: Any) -> None:
@@ -125,12 +127,21 @@ class Moments:
                 progress.end_epoch()
                 self.metrics.begin_epoch()
 
+    def keep_batch_starts(self) -> None:
+        """Keep the random state from before each batch, for checkpoints after which that batch repeats."""
+        self._keeps_batch_starts = True
+
+    def fetch_batch(self) -> None:
+        """A batch is about to be fetched, which may draw random numbers."""
+        if self._keeps_batch_starts:
+            self._rng_at_batch = rng.capture()
+
     def open_batch(self, data: Any = None, **payload: Any) -> None:
         """Hand a batch to the body: ``train_batch_begin``."""
         self.progress.batches = payload.setdefault("batch", self.progress.batches)
         self.progress.open_batch()
         self._rng_to_restore = self._rng_at_break = None
-        self.metrics.begin_batch()
+        self.metrics.begin_training_batch()
         self._data = data
         self._emit("train_batch_begin", **payload)
 
@@ -156,7 +167,7 @@ class Moments:
                 self._handler.take_postponed_saves()
         finally:
             self._between_steps = False
-            self._data = self._rng_at_break = None
+            self._data = self._rng_at_break = self._rng_at_batch = None
             progress.leave_batch()
 
     def note_break(self) -> None:
@@ -284,16 +295,21 @@ class Moments:
         """Return ``progress``, ``rng`` and ``data`` of a checkpoint taken now."""
         progress = self.progress
         metrics = Metrics() if progress.epoch_complete else self.metrics
+        repeats = progress.batch_in_body_repeats
         return {
             "progress": {
                 **progress.state_dict(),
                 "in_validation": self._held_rng is not None,
-                "metrics": metrics.state_dict(),
+                "metrics": metrics.state_dict(before_batch=repeats),
             },
-            "rng": self._held_rng or self._rng_at_break or rng.capture(),
+            "rng": self._held_rng
+            or (self._rng_at_batch if repeats else None)
+            or self._rng_at_break
+            or rng.capture(),
             "data": self.positions.state_dict(
                 completed=int(progress.batch_in_body_counts),
-                in_hand=int(progress.batch_open and not progress.batch_in_body_counts),
+                in_hand=int(repeats),
+                rng_is_before=repeats and self._held_rng is None and self._rng_at_batch is not None,
             ),
         }
 

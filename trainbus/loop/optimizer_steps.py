@@ -27,7 +27,12 @@ class OptimizerSteps:
         each = optimizers.values() if isinstance(optimizers, Mapping) else [optimizers]
         self.optimizers = [one for one in each if isinstance(one, torch.optim.Optimizer)]
         self._hooks = [
-            one.register_step_post_hook(lambda *_: progress.note_optimizer_step()) for one in self.optimizers
+            hook
+            for one in self.optimizers
+            for hook in (
+                one.register_step_pre_hook(lambda *_: progress.note_step_begun()),
+                one.register_step_post_hook(lambda *_: progress.note_step_done()),
+            )
         ]
 
     def stop(self) -> None:

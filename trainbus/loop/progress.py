@@ -26,6 +26,8 @@ class Progress:
         batch_open: A batch was handed to the loop body and is not completed.
         in_batch: A batch is open, or its ``train_batch_end`` is being emitted.
         stepped: An optimizer stepped since that batch was handed out.
+        stepping: How many optimizers are inside of ``step``, or were left there by an exception since
+            that batch was handed out.
         last_stepped: The same of the batch completed last.
         ever_stepped: An optimizer has stepped in this run.
         epoch_complete: Everything of `epoch` is done; only its ``epoch_end`` is under way.
@@ -41,6 +43,7 @@ class Progress:
     batch_open: bool = False
     in_batch: bool = False
     stepped: bool = False
+    stepping: int = 0
     last_stepped: bool = False
     ever_stepped: bool = False
     epoch_complete: bool = False
@@ -49,6 +52,11 @@ class Progress:
     def batch_in_body_counts(self) -> bool:
         """True when the open batch has already changed the weights, so that it must not be repeated."""
         return self.batch_open and self.stepped
+
+    @property
+    def batch_in_body_repeats(self) -> bool:
+        """True when the open batch has not changed the weights: who loads a checkpoint is handed it again."""
+        return self.batch_open and not self.stepped
 
     def begin_epoch(self) -> None:
         self.batches = self.batch = 0
@@ -63,6 +71,7 @@ class Progress:
         self.batch = self.batches
         self.batch_open = self.in_batch = True
         self.stepped = False
+        self.stepping = 0
 
     def complete_batch(self) -> None:
         self.batches += 1
@@ -73,7 +82,11 @@ class Progress:
         self.batch_open = self.in_batch = False
         self.last_stepped, self.stepped = self.stepped, False
 
-    def note_optimizer_step(self) -> None:
+    def note_step_begun(self) -> None:
+        self.stepping += 1
+
+    def note_step_done(self) -> None:
+        self.stepping -= 1
         self.stepped = self.ever_stepped = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,3 +117,4 @@ class Progress:
         self.total_epochs = state["total_epochs"]
         self.ever_stepped = state["ever_stepped"]
         self.batch_open = self.in_batch = self.stepped = self.epoch_complete = False
+        self.stepping = 0

@@ -165,7 +165,9 @@ class DataPositions:
             if slot.saved is not None:
                 slot.saved = {**slot.saved, "pass": None, "rng": None}
 
-    def state_dict(self, *, completed: int = 0, in_hand: int = 0) -> dict[str, Any]:
+    def state_dict(
+        self, *, completed: int = 0, in_hand: int = 0, rng_is_before: bool = False
+    ) -> dict[str, Any]:
         """
         Return the position now: plain values, and tensors that nobody changes afterwards.
 
@@ -175,6 +177,7 @@ class DataPositions:
         Args:
             completed: Batches of the open training pass that count although `advanced` was not called yet.
             in_hand: 1 if a batch of it was handed out that does not count and is to come again, else 0.
+            rng_is_before: The checkpoint's random state is the one from before that batch was drawn.
         """
         val = self._open.get("val")
         again = val if "train" not in self._open else None
@@ -184,7 +187,12 @@ class DataPositions:
         under_way = None
         if trained is not None:
             consumed = trained.consumed + completed
-            under_way = {"start": trained.start, "consumed": consumed, "in_hand": in_hand}
+            under_way = {
+                "start": trained.start,
+                "consumed": consumed,
+                "in_hand": in_hand,
+                "rng_is_before": rng_is_before,
+            }
         return {name: self._slot_state(slot, again, states, under_way) for name, slot in self._slots.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -234,11 +242,15 @@ class DataPositions:
     ) -> tuple[_Pass, Iterator[Any]]:
         start, consumed, in_hand = (saved["pass"][key] for key in ("start", "consumed", "in_hand"))
 
+        rng_is_before = saved["pass"].get("rng_is_before", False)  # older files do not say
+
         def arrive() -> None:
             set_generators(slot.generators, saved["generators"])
-            restore_rng()
+            if not rng_is_before:
+                restore_rng()
 
-        iterator = resume(slot.loader, role, start, saved["loader"], consumed, in_hand, arrive)
+        before = restore_rng if rng_is_before else _nothing
+        iterator = resume(slot.loader, role, start, saved["loader"], consumed, in_hand, arrive, before)
         self._restored += slot.generators
         self._note_seeds(slot)
         return _Pass(slot, start, consumed), iterator

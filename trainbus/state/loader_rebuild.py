@@ -59,6 +59,10 @@ def has_workers_alive(loader: Any) -> bool:
     return _keeps_workers(loader) and loader._iterator is not None
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 def describe_pass(loader: Any) -> dict[str, Any]:
     """
     Return what a pass over *loader*, begun now, depends on.
@@ -98,6 +102,7 @@ def resume(
     consumed: int,
     in_hand: int,
     arrive: Callable[[], None],
+    return_in_hand: Callable[[], None] = _nothing,
 ) -> Iterator[Any]:
     """
     Continue a pass that *start* describes after *consumed* batches.
@@ -110,6 +115,7 @@ def resume(
         consumed: Batches not to come again.
         in_hand: Batches that come again: 1 if one had been handed out that did not count, else 0.
         arrive: Called once, when *loader* stands there, to set the random states of the checkpoint.
+        return_in_hand: Called before that, and before anything is drawn for what comes again.
 
     Raises:
         StateMismatchError: If there are fewer than *consumed* batches.
@@ -123,9 +129,10 @@ def resume(
         iterator = iter(loader)
     elif isinstance(loader, DataLoader) and not _is_streaming(loader):
         _warn_of_workers(loader, role, consumed)
-        return _iterate_from(loader, consumed, in_hand, start, arrive, role)
+        return _iterate_from(loader, consumed, in_hand, start, arrive, role, return_in_hand)
     else:
         iterator = _read_up_to(loader, consumed, role)
+    return_in_hand()
     arrive()
     return iterator
 
@@ -142,6 +149,7 @@ class _Rest:
         self.sampler = sampler
         self.live: Iterator[Any] | None = None
         self.arrive: Callable[[], None] = _nothing
+        self.return_in_hand: Callable[[], None] = _nothing
         self._skip = skip
         self._in_hand = in_hand
         self._is_there = False
@@ -165,6 +173,7 @@ class _Rest:
             return
         self._is_there, self._rewind = True, _nothing
         _drop(live, self._skip, self._role)
+        self.return_in_hand()
         # What comes again was drawn before the checkpoint was taken, so it is drawn before we arrive.
         self._again = list(itertools.islice(live, self._in_hand))
         arrive, self.arrive = self.arrive, _nothing
@@ -184,11 +193,13 @@ def _iterate_from(
     start: Mapping[str, Any],
     arrive: Callable[[], None],
     role: str,
+    return_in_hand: Callable[[], None] = _nothing,
 ) -> Iterator[Any]:
     # Workers that were kept began this pass without a new base seed, and new ones draw it first.
     rewind = (lambda: _rewind(loader, start)) if start["workers_alive"] else _nothing
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     rest = _Rest(getattr(loader, name), skip, in_hand, rewind, role)
+    rest.return_in_hand = return_in_hand
     twin = copy.copy(loader)
     # DataLoader.__setattr__ refuses to replace samplers.
     vars(twin).update({name: rest, "_iterator": None})
@@ -313,7 +324,3 @@ def _length(sized: Any) -> int | None:
         return len(sized)
     except (TypeError, NotImplementedError):
         return None
-
-
-def _nothing() -> None:
-    """Do nothing."""

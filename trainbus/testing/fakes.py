@@ -29,7 +29,7 @@ class FakeSave:
     delivered before the next one emitted, and complete `pending`.
 
     Attributes:
-        path, weights_only, stream, logs, monitor, mode, score, removals, keep: As asked for.
+        path, weights_only, stream, logs, monitor, mode, score, removals, keep, interrupted: As asked for.
         pending: What the one who asked was given.
         epoch: Of the handler at the request; 0-based.
         global_step: Of the handler at the request.
@@ -55,6 +55,7 @@ class FakeSave:
     bus: EventBus = field(repr=False)
     run_id: str
     sequence: int
+    interrupted: bool = False
 
     @property
     def manifest(self) -> Manifest:
@@ -70,6 +71,7 @@ class FakeSave:
             monitor=self.monitor,
             mode=self.mode,
             score=self.score,
+            interrupted=self.interrupted,
         )
 
     def succeed(self) -> None:
@@ -120,6 +122,7 @@ class FakeHandler:
         saves: What `save_async` was asked for, in order.
         epoch, batch, global_step, total_epochs: As of `Handler`; moved by `emit_run` or the test.
         accumulating: Whether gradients of an unfinished accumulation are pending.
+        is_stepping: Whether an optimizer is inside of its step, or was left there by an exception.
         optimizer: What a callback may look at; None unless the test sets it.
         logged: The metrics that `log` was given, by name.
         stopped, stop_reason: What `stop` was told.
@@ -144,7 +147,7 @@ class FakeHandler:
         self.batch = 0
         self.global_step = 0
         self.total_epochs: int | None = None
-        self.accumulating = False
+        self.accumulating = self.is_stepping = False
         self.stopped = False
         self.stop_reason: str | None = None
         self.callbacks: dict[str, Callback] = {}
@@ -170,6 +173,20 @@ class FakeHandler:
     def prepare_saves(self, *, weights_only: bool = False) -> None:
         """Do nothing: there is no memory to prepare."""
 
+    def keep_batch_starts(self) -> None:
+        """Do nothing: there are no random numbers to keep."""
+
+    def finish_writing(self, timeout: float | None = None) -> None:
+        """
+        Do nothing, if all saves are finished.
+
+        Raises:
+            TimeoutError: A save is not, and the test has to finish it: nobody else does.
+        """
+        unfinished = [save.path for save in self.saves if not save.pending.done()]
+        if unfinished:
+            raise TimeoutError(f"Still unfinished: {', '.join(unfinished)}.")
+
     def reserve(self, folder: str | os.PathLike[str], template: str) -> None:
         """Do nothing: nothing is written that another process could write too."""
 
@@ -185,6 +202,7 @@ class FakeHandler:
         score: float | None = None,
         removals: Sequence[str] = (),
         keep: Retention | None = None,
+        interrupted: bool = False,
     ) -> PendingSave:
         """Record the request in `saves`. On ranks other than 0 nothing is recorded, as nothing is written."""
         if self.rank != 0:
@@ -209,6 +227,7 @@ class FakeHandler:
             bus=self.bus,
             run_id=self.run_id,
             sequence=len(self.saves) + 1,
+            interrupted=interrupted,
         )
         self.saves.append(save)
         if self._auto_complete:
