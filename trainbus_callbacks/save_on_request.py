@@ -6,12 +6,12 @@ import contextlib
 import logging
 import os
 import signal
-import threading
 import time
 from typing import Any
 
 from trainbus.callback import Callback
-from trainbus_callbacks.naming import COUNTERS, NameTemplate
+from trainbus_callbacks.naming import NameTemplate, require_counters
+from trainbus_callbacks.signal_flag import SignalFlag
 
 __all__ = ["SaveOnRequest"]
 
@@ -52,24 +52,17 @@ class SaveOnRequest(Callback):
         seconds_between_looks: float = 1.0,
     ) -> None:
         self._template = NameTemplate(filepath)
-        others = [name for name in self._template.fields if name not in COUNTERS]
-        if others:
-            raise ValueError(
-                f"filepath has the field {others[0]!r}, and which metrics there are depends on the moment of "
-                f"the request. Use {', '.join(COUNTERS)}."
-            )
+        require_counters(self._template, "the request")
         if not seconds_between_looks >= 0:
             raise ValueError(
                 f"seconds_between_looks must be a number of at least 0, got {seconds_between_looks!r}."
             )
         default = os.path.join(self._template.folder, "save-now")
         self.request_file = os.path.expanduser(os.fspath(request_file or default))
-        self.signum = signum
+        self._signal = SignalFlag(() if signum is None else (signum,))
         self._seconds_between_looks = seconds_between_looks
         self._last_look = -float("inf")  # by time.monotonic()
         self._requested = False
-        self._is_listening = False
-        self._earlier_handler: Any = None
 
     @property
     def state_key(self) -> str:
@@ -78,17 +71,7 @@ class SaveOnRequest(Callback):
 
     def on_train_begin(self) -> None:
         """Listen to the signal, if this is the main thread: only there can Python receive one."""
-        if self.signum is None or self._is_listening:
-            return
-        if threading.current_thread() is not threading.main_thread():
-            _log.warning(
-                "SaveOnRequest cannot receive %s: training is not on the main thread. Touch %r instead.",
-                signal.Signals(self.signum).name,
-                self.request_file,
-            )
-            return
-        self._earlier_handler = signal.signal(self.signum, self._note)
-        self._is_listening = True
+        self._signal.listen(f"SaveOnRequest, so touch {self.request_file!r} instead")
 
     def on_train_batch_end(self, handler: Any, epoch: int) -> None:
         """Save if it was asked for."""
@@ -104,26 +87,17 @@ class SaveOnRequest(Callback):
 
     def on_train_end(self) -> None:
         """Leave the signal to whom it belonged; say if a request comes too late."""
-        if self._is_listening and self.signum is not None:
-            # None: it was set by something else than Python, which has to set it again itself.
-            signal.signal(self.signum, self._earlier_handler or signal.SIG_DFL)
-            self._is_listening = False
-        if self._requested:
+        self._signal.leave()
+        if self._signal.take() or self._requested:
             _log.warning("The save that was asked for came too late: training has ended.")
             self._requested = False
 
-    def _note(self, signum: int, frame: Any) -> None:
-        # On the main thread between any two instructions: nothing else may be touched here.
-        self._requested = True
-        if callable(self._earlier_handler):
-            self._earlier_handler(signum, frame)
-
     def _answer(self, handler: Any, epoch: int) -> None:
+        signalled = self._signal.take() is not None
         if handler.rank != 0:
-            self._requested = False
             return
         self._look_for_file()
-        if not self._requested:
+        if not (signalled or self._requested):
             return
         self._requested = False
         counters = {"epoch": epoch + 1, "batch": handler.batch + 1, "global_step": handler.global_step}

@@ -153,7 +153,7 @@ class TestSignal:
         thread.join()
 
         assert [save.global_step for save in saves] == [2]
-        assert "cannot receive SIGUSR2" in caplog.text and "Touch './save-now' instead" in caplog.text
+        assert "annot receive SIGUSR2" in caplog.text and "touch './save-now' instead" in caplog.text
 
 
 class TestAnswer:

@@ -1,0 +1,126 @@
+"""Preemption: a cluster wants its machine back, and the run ends with a checkpoint of this very moment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from trainbus import ranks
+from trainbus.callback import Callback
+from trainbus_callbacks.naming import NameTemplate, require_counters
+from trainbus_callbacks.signal_flag import SignalFlag
+
+__all__ = ["Preemption"]
+
+_log = logging.getLogger("trainbus")
+
+
+class Preemption(Callback):
+    """
+    Save, see the file on the disk and stop when the process is told to go: SIGTERM, or Slurm's SIGUSR1.
+
+    The signal sets a flag only. It is acted on at the end of the batch at hand, also of a validation batch;
+    while gradients accumulate the run goes on to the next optimizer step. The handler stops with the reason,
+    the loops end, ``train_end`` follows, and the same script continues there when it is started again.
+
+    Everything happens on the training thread, which waits for the file up to the end of the grace period. If
+    the disk is slower the log says so and the writer goes on; the files there are stay as they are.
+
+    In a run of several processes the ranks tell each other at the end of each training batch and epoch
+    (a collective), not amid a validation, and all stop in the same batch; rank 0 writes.
+
+    Args:
+        filepath: A template such as ``"runs/preempted.pt"``; its fields are ``epoch`` (1-based), ``batch``
+            (completed in this epoch) and ``global_step``.
+        signals: Which to listen to, on the main thread. Their earlier handlers are called too, and are back
+            after the run.
+        grace_seconds: How long to wait for the file to be on the disk. Less than the cluster gives, by the
+            time of a batch.
+
+    Attributes:
+        received: The signal that ended the run, or None; a job script may want to be queued again then.
+
+    Raises:
+        TypeError: If *filepath* is no path.
+        ValueError: If *filepath* has other fields, a signal cannot be caught, or there is no time.
+    """
+
+    priority = 110  # after ModelCheckpoint, whose save of this event is the better known
+
+    def __init__(
+        self,
+        filepath: str | os.PathLike[str],
+        *,
+        signals: Sequence[int] = (signal.SIGTERM, signal.SIGUSR1),
+        grace_seconds: float = 30.0,
+    ) -> None:
+        if not grace_seconds > 0:
+            raise ValueError(f"grace_seconds must be a positive number, got {grace_seconds!r}.")
+        self._template = NameTemplate(filepath)
+        require_counters(self._template, "the signal")
+        self.received: signal.Signals | None = None
+        self._signal = SignalFlag(signals)
+        self._grace_seconds = grace_seconds
+
+    @property
+    def state_key(self) -> str:
+        """Name and file name, so that two of them keep their files apart."""
+        return f"Preemption({self._template.last!r})"
+
+    def on_train_begin(self) -> None:
+        """Listen to the signals."""
+        self.received = None
+        self._signal.listen("Preemption")
+
+    def on_train_batch_end(self, handler: Any, epoch: int) -> None:
+        """Save and stop if the signal came; with several ranks a collective."""
+        self._look(handler, epoch)
+
+    on_epoch_end = on_train_batch_end
+
+    def on_val_batch_end(self, handler: Any, epoch: int) -> None:
+        """Save and stop if the signal came, where no other rank has to know."""
+        if ranks.world_size() == 1:
+            self._look(handler, epoch)
+
+    def on_train_end(self) -> None:
+        """Leave the signals to whom they belonged; say if one came too late to be acted on."""
+        self._signal.leave()
+        late = self._signal.take()
+        if late is not None and self.received is None:
+            _log.warning(
+                "%s came too late: training has ended, and no further checkpoint is saved.", late.name
+            )
+
+    def _look(self, handler: Any, epoch: int) -> None:
+        if self.received is not None:
+            return
+        heard = [one for one in ranks.gather(self._signal.take()) if one is not None]
+        if not heard:
+            return
+        self.received = heard[0]
+        handler.stop(f"{self.received.name} came.")
+        if handler.rank == 0:
+            self._save(handler, epoch)
+
+    def _save(self, handler: Any, epoch: int) -> None:
+        counters = {"epoch": epoch + 1, "batch": handler.batch + 1, "global_step": handler.global_step}
+        path = self._template.fill(**counters, logs={}).path
+        _log.info("%s Saving %s.", handler.stop_reason, path)
+        deadline = time.monotonic() + self._grace_seconds
+        try:
+            # First those under way, or a writer that skips when it is busy would skip this one.
+            handler.finish_writing(timeout=self._grace_seconds)
+            handler.save_async(path, stream=self.state_key)
+            handler.finish_writing(timeout=max(0.0, deadline - time.monotonic()))
+        except TimeoutError as error:
+            _log.error(
+                "The checkpoint of this moment is not on the disk within grace_seconds=%g: %s "
+                "If the process is killed now, the next run continues from an earlier one.",
+                self._grace_seconds,
+                error,
+            )

@@ -1,0 +1,76 @@
+"""A signal that only sets a flag, for callbacks that act on it at their next event."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+__all__ = ["SignalFlag"]
+
+_log = logging.getLogger("trainbus")
+
+
+class SignalFlag:
+    """
+    Notes that one of some signals came, and does nothing else in the signal's handler.
+
+    Args:
+        signals: Which.
+
+    Raises:
+        ValueError: One of them is none, or cannot be caught.
+    """
+
+    def __init__(self, signals: Sequence[int]) -> None:
+        self.signals = tuple(_checked(one) for one in signals)
+        self._received: signal.Signals | None = None
+        self._earlier: dict[signal.Signals, Any] = {}
+
+    def listen(self, who: str) -> None:
+        """
+        Receive the signals from now on; their earlier handlers are called too.
+
+        On another thread than the main one Python cannot, and a warning says so, naming *who* wanted it.
+        """
+        if not self.signals or self._earlier:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            names = ", ".join(one.name for one in self.signals)
+            _log.warning("Cannot receive %s: training is not on the main thread (%s).", names, who)
+            return
+        for one in self.signals:
+            self._earlier[one] = signal.signal(one, self._note)
+
+    def leave(self) -> None:
+        """Give the signals back to whom they belonged."""
+        while self._earlier:
+            one, earlier = self._earlier.popitem()
+            # None: it was set by something else than Python, which has to set it again itself.
+            signal.signal(one, earlier or signal.SIG_DFL)
+
+    def take(self) -> signal.Signals | None:
+        """Return the signal that came last, if one came since the last call."""
+        received, self._received = self._received, None
+        return received
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        # On the main thread between any two instructions: nothing else may be touched here.
+        self._received = signal.Signals(signum)
+        earlier = self._earlier.get(self._received)
+        # Ctrl-C's own handler raises, which is what a flag is there to avoid.
+        if callable(earlier) and earlier is not signal.default_int_handler:
+            earlier(signum, frame)
+
+
+def _checked(signum: int) -> signal.Signals:
+    try:
+        one = signal.Signals(signum)
+    except ValueError as error:
+        raise ValueError(f"{signum!r} is no signal of this system. Use e.g. signal.SIGTERM.") from error
+    if one in (signal.SIGKILL, signal.SIGSTOP):
+        raise ValueError(f"{one.name} ends or stops a process unheard. Use e.g. signal.SIGTERM.")
+    return one
