@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
+import trainbus
 from trainbus import CheckpointFolder, Handler, read_manifest
 from trainbus.testing import FakeHandler, emit_run
 from trainbus.testing.faults import FaultyDisk
@@ -198,6 +199,17 @@ class TestFile:
 
         assert CheckpointFolder(tmp_path).greatest_sequence() == 1
 
+    def test_asked_for_by_hand(self, tmp_path):
+        """A save that is marked as interrupted is taken at once also while gradients accumulate."""
+        handler, model, _, loader = make_run(tmp_path)
+        with handler:
+            for _ in handler.epochs(1):
+                for x, y in handler.batches(loader):
+                    mse_loss(model(x), y).backward()
+                    if handler.batch == 1:
+                        pending = handler.save_async(tmp_path / "now.pt", interrupted=True)
+                        assert pending.result(timeout=60).interrupted
+
     def test_of_a_validation(self, tmp_path):
         """Interrupted in a validation, it stands behind the batches that were trained."""
         handler, model, optimizer, loader = make_run(tmp_path)
@@ -210,6 +222,7 @@ class TestFile:
                     bang()
 
         assert read_manifest(tmp_path / "interrupted.pt").global_step == 6
+        assert trainbus.load(tmp_path / "interrupted.pt")["progress"]["in_validation"]
 
     @pytest.mark.parametrize("reaction", ["raise", "warn"])
     def test_own_failure(self, tmp_path, reaction):
