@@ -232,28 +232,30 @@ class TestSignalFlag:
     def test_earlier_handlers(self):
         """Who listened before hears it too and has it back, Ctrl-C's own handler is not called."""
         heard = []
-        before = signal.signal(signal.SIGUSR1, mine := lambda *_: heard.append("mine"))
+        mine = {signal.SIGUSR1: lambda *_: heard.append("mine"), signal.SIGINT: signal.default_int_handler}
+        before = {signum: signal.signal(signum, handler) for signum, handler in mine.items()}
         try:
-            flag = SignalFlag([signal.SIGUSR1, signal.SIGINT])
+            flag = SignalFlag(tuple(mine))
             flag.listen("a test")
             flag.listen("a test")
             signal.raise_signal(signal.SIGUSR1)
             signal.raise_signal(signal.SIGINT)
             taken = flag.take(), flag.take()
             flag.leave()
-
-            assert heard == ["mine"] and taken == (signal.SIGINT, None)
-            assert signal.getsignal(signal.SIGUSR1) is mine
-            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            after = {signum: signal.getsignal(signum) for signum in mine}
         finally:
-            signal.signal(signal.SIGUSR1, before)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+        assert heard == ["mine"] and taken == (signal.SIGINT, None) and after == mine
 
     def test_other_thread(self, caplog):
         """On another thread than the main one the log says what cannot be received, and who wanted it."""
+        before = signal.getsignal(signal.SIGTERM)
         flag = SignalFlag([signal.SIGTERM])
         thread = threading.Thread(target=flag.listen, args=("Preemption",))
         thread.start()
         thread.join(timeout=30)
 
         assert "Cannot receive SIGTERM" in caplog.text and "Preemption" in caplog.text
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == before
