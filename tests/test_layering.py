@@ -97,6 +97,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.folder": FILE,
     "trainbus.checkpoint.retention": {*FILE, "trainbus.checkpoint.folder"},
     "trainbus.checkpoint.verify": FILE,
+    "trainbus.checkpoint.outline": FILE,
     "trainbus.checkpoint.load": {*FILE, "trainbus.checkpoint.verify"},
     "trainbus.checkpoint.damage": {*FILE, "trainbus.checkpoint.load", "trainbus.checkpoint.nesting"},
     "trainbus.checkpoint.saver": {"trainbus.errors", "trainbus.checkpoint."},
@@ -165,7 +166,11 @@ NO_TORCH = [
     "trainbus.testing.plugin",
     "trainbus.checkpoint.file_format",
     "trainbus.checkpoint.folder",
+    "trainbus.checkpoint.outline",
     "trainbus.checkpoint.background_writer",
+    "trainbus.cli.ls",
+    "trainbus.cli.prune",
+    "trainbus.cli.show",
     "trainbus_callbacks",
 ]
 

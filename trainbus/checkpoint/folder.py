@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from trainbus.checkpoint.file_format import Manifest, ends_in_manifest, open_regular, read_manifest
 from trainbus.errors import CheckpointCorruptError
 
-__all__ = ["CheckpointFile", "CheckpointFolder", "best_of", "latest_of"]
+__all__ = ["CheckpointFile", "CheckpointFolder", "best_of", "latest_of", "ranked"]
 
 _log = logging.getLogger("trainbus")
 _ZIP_START = b"PK\x03\x04"
@@ -38,11 +38,16 @@ def latest_of(files: Iterable[CheckpointFile]) -> CheckpointFile | None:
 
 def best_of(files: Iterable[CheckpointFile], monitor: str, mode: str) -> CheckpointFile | None:
     """Return what `CheckpointFolder.best` says, out of *files* that were listed already."""
+    return next(iter(ranked(files, monitor, mode)), None)
+
+
+def ranked(files: Iterable[CheckpointFile], monitor: str, mode: str) -> list[CheckpointFile]:
+    """Return those of *files* that have a finite value of a metric, the best first, the older of equals."""
     if mode not in ("min", "max"):
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
     sign = 1.0 if mode == "min" else -1.0
-    ranked = [(sign * value, file) for file in files if math.isfinite(value := _value(file, monitor))]
-    return min(ranked, key=lambda entry: entry[0])[1] if ranked else None
+    valued = [(sign * value, file) for file in files if math.isfinite(value := _value(file, monitor))]
+    return [file for _, file in sorted(valued, key=lambda entry: entry[0])]
 
 
 class CheckpointFolder:

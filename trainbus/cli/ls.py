@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder, best_of, latest_of
+from trainbus.cli.text import printable
 
 __all__ = ["run"]
 
@@ -100,10 +101,10 @@ def _row(file: CheckpointFile, mark: str, now: float) -> tuple[str, ...]:
     trained = manifest.contents != "object"
     kind = "" if manifest.contents == "state" else manifest.contents
     return (
-        _printable(os.path.basename(file.path)),
+        printable(os.path.basename(file.path)),
         str(manifest.epoch + 1) if trained else "",
         str(manifest.global_step) if trained else "",
-        "  ".join(f"{_printable(name)}={value:.4g}" for name, value in manifest.logs.items()),
+        "  ".join(f"{printable(name)}={value:.4g}" for name, value in manifest.logs.items()),
         f"{manifest.size / 1e6:,.1f} MB",
         _age(now - manifest.created),
         ", ".join(filter(None, (mark, kind, "interrupted" if manifest.interrupted else ""))),
@@ -114,11 +115,6 @@ def _age(seconds: float) -> str:
     seconds = max(0.0, seconds)
     length, unit = next((length, unit) for length, unit in _AGES if seconds >= length)
     return f"{seconds / (length or 1):.0f} {unit}"
-
-
-def _printable(text: str) -> str:
-    # Names of files and metrics are not ours: none may begin a line or colour the terminal.
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _print(rows: Sequence[tuple[str, ...]], folder: str) -> None:
