@@ -57,6 +57,48 @@ def ls(
 
 
 @app.command()
+def show(
+    file: Annotated[str, typer.Argument(help="A checkpoint, or any file of torch.save.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what a file says of itself and the names, shapes, dtypes and sizes in it; loads no tensor."""
+    from trainbus.cli.show import run
+
+    run(file, as_json=as_json)
+
+
+@app.command()
+def prune(
+    folder: Annotated[str, typer.Argument(help="The folder.")] = ".",
+    keep_last: Annotated[int | None, typer.Option(min=1, help="Keep so many of the newest.")] = None,
+    keep_best: Annotated[
+        list[str] | None,
+        typer.Option(help="Keep so many of the best by a metric, e.g. val_loss:2 or acc:2:max."),
+    ] = None,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="Keep those of each so many epochs.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing, say what would go.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Remove the checkpoints of a folder that no --keep-... keeps; the newest and the best always stay."""
+    from trainbus.cli.prune import run
+
+    run(folder, keep_last, keep_best or [], keep_every, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def export(
+    file: Annotated[str, typer.Argument(help="A checkpoint, or any file of weights.", show_default=False)],
+    target: Annotated[str, typer.Argument(help="Ends in .safetensors.", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Write the weights of a checkpoint as safetensors. Needs the extra "export"."""
+    from trainbus.cli.export import run
+
+    run(file, target, force=force, as_json=as_json)
+
+
+@app.command()
 def bench(
     folder: Annotated[str | None, typer.Argument(help="On the disk to try. Default: here.")] = None,
     size: Annotated[int, typer.Option(min=1, help="MiB of parameters.")] = 256,
