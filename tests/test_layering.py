@@ -169,7 +169,6 @@ NO_TORCH = [
     "trainbus.checkpoint.outline",
     "trainbus.checkpoint.background_writer",
     "trainbus.cli.ls",
-    "trainbus.cli.prune",
     "trainbus.cli.show",
     "trainbus_callbacks",
 ]

@@ -68,6 +68,18 @@ def show(
 
 
 @app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A checkpoint, or any file of torch.save.", show_default=False)],
+    b: Annotated[str, typer.Argument(help="Another.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Say where two files differ: names, shapes, values and by how much; exit code 1 if they do."""
+    from trainbus.cli.diff import run
+
+    raise typer.Exit(run(a, b, as_json=as_json))
+
+
+@app.command()
 def prune(
     folder: Annotated[str, typer.Argument(help="The folder.")] = ".",
     keep_last: Annotated[int | None, typer.Option(min=1, help="Keep so many of the newest.")] = None,
