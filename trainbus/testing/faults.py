@@ -26,14 +26,14 @@ class FaultyDisk(Disk):
     The real disk, but some of its calls fail, or take their time. As a context manager, what the saves of
     this process go to.
 
-    ```python
-    with FaultyDisk(errno.ENOSPC, calls=["write"], at=2):
-        with pytest.raises(CheckpointWriteError):
-            trainbus.save(state, "a.pt")
+    .. code-block:: python
 
-    with FaultyDisk(seconds=0.5, calls=["fsync"]):      # slow, but nothing fails
-        handler.fit(...)
-    ```
+        with FaultyDisk(errno.ENOSPC, calls=["write"], at=2):
+            with pytest.raises(CheckpointWriteError):
+                trainbus.save(state, "a.pt")
+
+        with FaultyDisk(seconds=0.5, calls=["fsync"]):      # slow, but nothing fails
+            handler.fit(...)
 
     A call that is to fail does nothing, `close` excepted, after which the descriptor is gone whatever
     the system answers. Safe to use from several threads.
