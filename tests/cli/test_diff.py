@@ -118,6 +118,12 @@ class TestRelativeDifference:
         """The greatest difference counts, by the greater of the two values."""
         assert relative_difference(torch.tensor(a), torch.tensor(b)) == expected
 
+    def test_nan_of_other_bits(self):
+        """Two NaNs of other bits are told of, and not apart."""
+        nan = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+
+        assert relative_difference(nan[:1], nan[1:]) == (0.0, 1)
+
     @pytest.mark.parametrize(
         "dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float8_e4m3fn, torch.complex64]
     )

@@ -65,6 +65,14 @@ class TestWeights:
 
         assert load_file(target).keys() == {"g.weight", "g.bias", "d.weight", "d.bias"}
 
+    def test_durable(self, tmp_path, target):
+        """The file is synced before it gets its name, and its name afterwards."""
+        trainbus.save({"w": torch.ones(1)}, tmp_path / "a.pt")
+        with FaultyDisk(calls=["fsync", "rename", "fsync_folder"]) as disk:
+            export(tmp_path / "a.pt", target)
+
+        assert disk.made == ["fsync", "rename", "fsync_folder"]
+
     def test_tied(self, tmp_path, target):
         """A weight with two names is written once, and safetensors' own load_model ties it again."""
         model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))

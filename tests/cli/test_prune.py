@@ -85,6 +85,25 @@ class TestRules:
 
         assert names(tmp_path) == ["a1.pt", "b1.pt", "c1.pt"]
 
+    def test_two_streams_of_a_run(self, tmp_path):
+        """What two callbacks of one run have saved is counted apart."""
+        with Handler(torch.nn.Linear(1, 1)) as handler:
+            for stream in "aabb":
+                for epoch in range(2):
+                    handler.save_async(tmp_path / f"{stream}{epoch}.pt", stream=stream).result()
+        prune(tmp_path, "--keep-last", 1)
+
+        assert names(tmp_path) == ["a1.pt", "b1.pt"]
+
+    def test_direction_of_the_newest(self, tmp_path):
+        """Where files were judged in both directions, that of the newest counts."""
+        write(tmp_path, [0.2, 0.1, 0.3])
+        newest = read_manifest(tmp_path / "m2.pt")
+        rewrite(tmp_path / "m2.pt", dataclasses.replace(newest, mode="max"))
+        _, lines, _ = prune(tmp_path, "--keep-best", "val_loss:2")
+
+        assert lines == [f"removed  {tmp_path}/m1.pt"]
+
     def test_a_continued_run(self, tmp_path):
         """The files of a run and of those it continues are counted together."""
         write(tmp_path, [0.1, 0.2], monitor=None)

@@ -82,13 +82,14 @@ class TestTree:
     def test_tied(self, tmp_path):
         """A tensor with two names is shown under the first, counted once, and another view is another one."""
         one = torch.ones(4)
-        torch.save({"m": {"a": one, "b": one, "half": one[:2]}}, tmp_path / "a.pt")
+        torch.save({"m": {"a": one, "b": one, "half": one[:2], "rest": one[2:]}}, tmp_path / "a.pt")
 
         assert show(tmp_path / "a.pt")[1][1:] == [
-            "m  (24 B)",
+            "m  (32 B)",
             "  a  float32 [4]  16 B",
             "  b  float32 [4]  = m.a",
             "  half  float32 [2]  8 B",
+            "  rest  float32 [2]  8 B",
         ]
 
     def test_values(self, tmp_path):
