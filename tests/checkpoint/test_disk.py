@@ -90,28 +90,39 @@ class TestCreate:
 
 
 class TestFsyncFolder:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        fd = os.open(tmp_path, os.O_RDONLY)
+        yield fd
+        os.close(fd)
+
+    @staticmethod
+    def refuse(monkeypatch, call, number, folder):
+        """Let a call of `os` fail for that folder."""
+        real = getattr(os, call)
+
+        def fail(fd):
+            if fd == folder:
+                raise OSError(number, os.strerror(number))
+            return real(fd)
+
+        monkeypatch.setattr(os, call, fail)
+
     @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-    def test_file_system_that_cannot(self, monkeypatch, number):
+    def test_file_system_that_cannot(self, monkeypatch, folder, number):
         """
         A file system that cannot sync folders is no error: the answer says so.
         """
+        self.refuse(monkeypatch, "fsync", number, folder)
 
-        def refuse(fd: int) -> None:
-            raise OSError(number, os.strerror(number))
+        assert not Disk().fsync_folder(folder)
 
-        monkeypatch.setattr(os, "fsync", refuse)
-
-        assert not Disk().fsync_folder(0)
-
-    def test_failure(self, monkeypatch):
+    @pytest.mark.parametrize("call", ["fsync", "fstat"])
+    def test_failure(self, monkeypatch, folder, call):
         """
-        A sync that fails is an error.
+        A sync that fails is an error, and so is one after which the file system answers nothing.
         """
+        self.refuse(monkeypatch, call, errno.EIO, folder)
 
-        def refuse(fd: int) -> None:
-            raise OSError(errno.EIO, "broken")
-
-        monkeypatch.setattr(os, "fsync", refuse)
-
-        with pytest.raises(OSError, match="broken"):
-            Disk().fsync_folder(0)
+        with pytest.raises(OSError, match="Input/output error"):
+            Disk().fsync_folder(folder)

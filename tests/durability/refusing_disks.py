@@ -18,6 +18,7 @@ from volumes import Volume, command, mounted, take_own_mounts
 import trainbus
 from trainbus import CheckpointWriteError, Handler
 from trainbus.checkpoint.chunk_writers import CHUNK_BYTES
+from trainbus.checkpoint.disk import Disk, use_disk
 from trainbus_callbacks import ModelCheckpoint
 
 OLD, NEW = 1, 2
@@ -196,6 +197,24 @@ def gone(folder: str, kind: str, mebibytes: int) -> dict[str, Any]:
         assert save(f"{volume.path}/a.pt", OLD) is None
         volume.cut_power()
         refused = save(f"{volume.path}/a.pt", NEW, mebibytes)
+        volume.unmount()
+        volume.mount()
+        return {"refused": refused, **look(volume.path)}
+
+
+def gone_after_rename(folder: str, kind: str) -> dict[str, Any]:
+    """Save to a disk that goes away when all is done but the sync of the folder, then mount it again."""
+    take_own_mounts()
+    with Volume(folder, kind) as volume:
+        assert save(f"{volume.path}/a.pt", OLD) is None
+
+        class Unplugged(Disk):
+            def rename(self, folder: int, old: str, new: str) -> None:
+                super().rename(folder, old, new)
+                volume.cut_power()
+
+        with use_disk(Unplugged()):
+            refused = save(f"{volume.path}/a.pt", NEW)
         volume.unmount()
         volume.mount()
         return {"refused": refused, **look(volume.path)}

@@ -123,6 +123,15 @@ class TestFailingLate:
         assert outcome["refused"] in ("EIO", "EROFS")
         assert outcome["files"] == {"a.pt": OLD}
 
+    @pytest.mark.full
+    @pytest.mark.parametrize("kind", ["ext4", "xfs"])
+    def test_gone_before_the_last_sync(self, ask, tmp_path, kind):
+        """A disk that goes away between the rename and the sync of the folder makes the save fail."""
+        outcome = ask("refusing_disks.gone_after_rename", folder=str(tmp_path), kind=kind)
+
+        assert outcome["refused"] in ("EIO", "EROFS")
+        assert outcome["files"] == {"a.pt": OLD}
+
 
 class TestForbidden:
     @pytest.mark.parametrize("name", ["a.pt", "b.pt", "new/a.pt"])

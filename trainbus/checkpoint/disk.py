@@ -135,8 +135,15 @@ class Disk:
 
         Returns:
             False where the file system cannot tell (some FUSE and network ones).
+
+        Raises:
+            OSError: They may not have.
         """
-        return _attempt(lambda: os.fsync(folder))
+        done = _attempt(lambda: os.fsync(folder))
+        # XFS that shuts itself down drops the names and lets the sync succeed; from then on it answers
+        # no other call.
+        os.fstat(folder)
+        return done
 
 
 def disk_in_use() -> Disk:
