@@ -50,12 +50,15 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.collector": set(),
     "trainbus.checkpoint.nesting": set(),
     "trainbus.checkpoint.background_copy": {"trainbus.errors"},
+    "trainbus.checkpoint.cuda": set(),
     "trainbus.checkpoint.device_copy": {
+        "trainbus.checkpoint.cuda",
         "trainbus.checkpoint.snapshot_plan",
         "trainbus.checkpoint.staging_memory",
     },
     "trainbus.checkpoint.staging_copy": {
         "trainbus.checkpoint.background_copy",
+        "trainbus.checkpoint.cuda",
         "trainbus.checkpoint.device_copy",
         "trainbus.checkpoint.nesting",
         "trainbus.checkpoint.snapshot_plan",

@@ -169,6 +169,10 @@ class BackgroundCopy:
         """True when it failed because a tensor was changed by hand."""
         return isinstance(self._error, SnapshotChangedError)
 
+    def wait_until_begun(self) -> None:
+        """Block until no device will begin to copy any more: all have, or none ever will."""
+        self._wait_for(self._begun)
+
     def wait_until_arrived(self) -> None:
         """Block until the memory it copies from and to is not used any more, however it ended."""
         self._wait_for(self._arrived)

@@ -1,25 +1,27 @@
-"""From CUDA devices to the host: the copy put aside on the device, side streams, pinned memory."""
+"""From CUDA devices to the host: the copy put aside on the device, side streams, page-locked memory."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from trainbus.checkpoint.cuda import Cuda
 from trainbus.checkpoint.snapshot_plan import Section, SnapshotPlan
 from trainbus.checkpoint.staging_memory import StagingBuffer
 
-__all__ = ["DeviceStaging", "pin"]
+__all__ = ["DeviceStaging", "pieces", "pin"]
 
 _log = logging.getLogger("trainbus")
 
 PIECE_BYTES = 256 << 20
+"""Bytes of a buffer that are page-locked at a time; no copy of a device may reach over two such pieces."""
+
 RESERVED_SHARE = 0.1  # of a device's memory, left to a training that grows
 
 
@@ -30,11 +32,13 @@ class DeviceStaging:
     Args:
         mode: ``"auto"`` for a copy on the device if a tenth of its memory stays free, True for
             one if it can be had at all, False for none.
+        cuda: The door to the devices.
     """
 
-    def __init__(self, mode: str | bool = "auto") -> None:
+    def __init__(self, mode: str | bool = "auto", cuda: Cuda | None = None) -> None:
         if mode not in ("auto", True, False):
             raise ValueError(f"device_snapshot must be 'auto', True or False, got {mode!r}.")
+        self.cuda = cuda or Cuda()
         self._mode = mode
         self._devices: dict[torch.device, _Device] = {}
 
@@ -45,53 +49,54 @@ class DeviceStaging:
     def put_aside(
         self,
         plan: SnapshotPlan,
-        section: Section,
+        sections: Sequence[Section],
         sources: list[torch.Tensor],
         target: torch.Tensor,
-        position: int,
-    ) -> _FetchFromAside:
+    ) -> Fetch:
         """
         Copy *sources* on the device, in line with the work given to it so far. Does not wait.
 
+        What was put aside before must have been begun to be fetched.
+
         Args:
-            plan: Where they lie on the section.
-            section: What they are.
-            sources: One for each range of the section.
-            target: The section's bytes on the host, where the move brings them.
-            position: First byte for it in the device's copy.
+            plan: Where they lie on the sections.
+            sections: All of that device.
+            sources: One for each of their ranges.
+            target: The sections' bytes on the host, where the move brings them.
         """
-        return self._on(section.device).put_aside(plan, section, sources, target, position)
+        return self._on(sections[0].device).put_aside(plan, sections, sources, target)
 
     def fetch_later(
         self, device: torch.device, sources: list[torch.Tensor], targets: list[torch.Tensor]
-    ) -> _FetchInPlace:
+    ) -> Fetch:
         """Return the move that copies *sources* as the work given to the device so far leaves them."""
-        return self._on(device).fetch_later(sources, targets)
+        return self._on(device).fetch(sources, targets, in_place=True)
 
     def fetch_now(
         self, device: torch.device, sources: list[torch.Tensor], targets: list[torch.Tensor]
     ) -> None:
         """Copy to the host in line with the work given to the device so far, and wait for it."""
-        torch._foreach_copy_(targets, sources, non_blocking=True)
-        torch.cuda.current_stream(device).synchronize()
+        self.cuda.copy(targets, sources)
+        self.cuda.current_stream(device).synchronize()
 
     def _on(self, device: torch.device) -> _Device:
         if device not in self._devices:
-            self._devices[device] = _Device(device)
+            self._devices[device] = _Device(device, self.cuda)
         return self._devices[device]
 
 
 class _Device:
     """One device's side stream, and the copy put aside there. Training thread."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cuda: Cuda) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._cuda = cuda
+        self._stream = cuda.stream(device)
         self._aside: torch.Tensor | None = None
         self._refused: int | None = None  # bytes that could not be had
-        self._fetched: list[torch.cuda.Event] = []  # of the copies put aside last
+        self._fetched: Any = None  # the event after which the copy put aside may be written over
         self._plan: SnapshotPlan | None = None
-        self._places: dict[Section, list[torch.Tensor]] = {}
+        self._places: list[torch.Tensor] = []
 
     def reserve(self, size: int, *, careful: bool) -> bool:
         if self._aside is not None and self._aside.numel() >= size:
@@ -100,10 +105,10 @@ class _Device:
             return False
         # The memory goes back to this stream's pool, so what comes next there must wait for the fetch.
         self._wait_until_fetched()
-        self._aside, self._plan = None, None
+        self._aside, self._plan, self._places = None, None, []
         if not careful or self._leaves_enough(size):
             try:
-                self._aside = torch.empty(size, dtype=torch.uint8, device=self._device)
+                self._aside = self._cuda.allocate(size, self._device)
             except torch.OutOfMemoryError as error:
                 _log.warning("No memory for a copy of the state on %s: %s", self._device, error)
             else:
@@ -117,162 +122,178 @@ class _Device:
         return False
 
     def _leaves_enough(self, size: int) -> bool:
-        free, total = torch.cuda.mem_get_info(self._device)
-        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return free + unused - size >= RESERVED_SHARE * total
+        unused, total = self._cuda.unused_bytes(self._device)
+        return unused - size >= RESERVED_SHARE * total
 
     def put_aside(
         self,
         plan: SnapshotPlan,
-        section: Section,
+        sections: Sequence[Section],
         sources: list[torch.Tensor],
         target: torch.Tensor,
-        position: int,
-    ) -> _FetchFromAside:
+    ) -> Fetch:
         assert self._aside is not None
-        places = self._places_of(plan, section, position)
-        with torch.cuda.device(self._device):
-            self._wait_until_fetched()
-            for into, outof in _by_dtype(places, sources):
-                torch._foreach_copy_(into, outof)
-            ready, fetched = _event(), _event()
-            ready.record()
-        aside = self._aside[position : position + section.size]
-        self._fetched.append(fetched)
-        return _FetchFromAside(self._device, self._stream, ready, fetched, aside, target)
+        if self._plan is not plan:
+            self._plan = plan
+            self._places = list(_places(plan, sections, self._aside))
+        self._wait_until_fetched()
+        for into, outof in _by_dtype(self._places, sources):
+            self._cuda.copy(into, outof)
+        cuts = list(pieces(sections[0].start, target.numel()))
+        fetch = self.fetch(
+            [self._aside[offset : offset + size] for offset, size in cuts],
+            [target[offset : offset + size] for offset, size in cuts],
+            in_place=False,
+        )
+        self._fetched = fetch.fetched
+        return fetch
 
-    def fetch_later(self, sources: list[torch.Tensor], targets: list[torch.Tensor]) -> _FetchInPlace:
-        with torch.cuda.device(self._device):
-            ready, fetched = _event(), _event()
-            ready.record()
-        return _FetchInPlace(self._device, self._stream, ready, fetched, sources, targets)
+    def fetch(self, sources: list[torch.Tensor], targets: list[torch.Tensor], *, in_place: bool) -> Fetch:
+        ready, fetched = self._cuda.event(), self._cuda.event()
+        ready.record(self._cuda.current_stream(self._device))
+        return Fetch(self._cuda, self._device, self._stream, ready, fetched, sources, targets, in_place)
 
     def _wait_until_fetched(self) -> None:
-        # On the device; the host goes on. Recorded by now: a save is admitted when the one before is fetched.
-        for event in self._fetched:
-            torch.cuda.current_stream(self._device).wait_event(event)
-        self._fetched.clear()
-
-    def _places_of(self, plan: SnapshotPlan, section: Section, position: int) -> list[torch.Tensor]:
-        if self._plan is not plan:
-            self._plan, self._places = plan, {}
-        if section not in self._places:
-            assert self._aside is not None
-            self._places[section] = [
-                _place(plan, index, self._aside, position - section.start) for index in section.ranges
-            ]
-        return self._places[section]
+        # On the device; the host goes on.
+        if self._fetched is not None:
+            self._cuda.current_stream(self._device).wait_event(self._fetched)
+            self._fetched = None
 
 
 @dataclass(frozen=True, slots=True)
-class _FetchFromAside:
-    """Brings what was put aside to the host, in one piece."""
+class Fetch:
+    """
+    A move from a device to the host, beside the work of other streams.
 
+    Attributes:
+        stream: Where it goes on.
+        ready: The device's work up to which its sources are as they are to be copied.
+        fetched: Recorded by `begin`.
+        in_place: Whether the sources are the training's own tensors, which must not change meanwhile.
+    """
+
+    cuda: Cuda
     device: torch.device
-    stream: torch.cuda.Stream
-    ready: torch.cuda.Event
-    fetched: torch.cuda.Event
-    source: torch.Tensor
-    target: torch.Tensor
-
-    def begin(self) -> None:
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            self.stream.wait_event(self.ready)
-            self.target.copy_(self.source, non_blocking=True)
-            self.fetched.record()
-
-    def hold_back(self) -> None:
-        """Nothing changes what was put aside."""
-
-    def finish(self) -> None:
-        self.fetched.synchronize()
-
-
-@dataclass(frozen=True, slots=True)
-class _FetchInPlace:
-    """Copies the tensors themselves, beside the device's work, which must not change them meanwhile."""
-
-    device: torch.device
-    stream: torch.cuda.Stream
-    ready: torch.cuda.Event
-    fetched: torch.cuda.Event
+    stream: Any
+    ready: Any
+    fetched: Any
     sources: list[torch.Tensor]
     targets: list[torch.Tensor]
+    in_place: bool
 
     def begin(self) -> None:
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        """Give the copy to the side stream."""
+        with self.cuda.use(self.stream):
             self.stream.wait_event(self.ready)
-            torch._foreach_copy_(self.targets, self.sources, non_blocking=True)
-            self.fetched.record()
+            self.cuda.copy(self.targets, self.sources)
+            self.fetched.record(self.stream)
 
     def hold_back(self) -> None:
-        torch.cuda.current_stream(self.device).wait_event(self.fetched)
+        """Let the calling thread's later work on the device wait, if it could change the sources."""
+        if self.in_place:
+            self.cuda.current_stream(self.device).wait_event(self.fetched)
 
     def finish(self) -> None:
+        """Return when the bytes have arrived."""
         self.fetched.synchronize()
 
 
-def pin(buffer: StagingBuffer) -> None:
+def pieces(start: int, size: int) -> Iterator[tuple[int, int]]:
     """
-    Page-lock a buffer's memory, piece by piece, so that devices write into it by themselves.
+    Cut bytes of a buffer where one piece of page-locked memory ends and the next begins.
 
-    Takes about half a second a gigabyte, without the GIL; not for the training thread. Memory
-    that cannot be locked is warned of and used as it is.
+    CUDA refuses to copy to memory of which a part is locked and a part is not
+    (cuMemcpyAsync: "must be either entirely registered with CUDA or ... not registered at all").
+
+    Args:
+        start: Their first one in the buffer.
+        size: How many.
+
+    Yields:
+        Offset from *start*, and length.
     """
-    mapping = buffer.mapping
-    if mapping is None or buffer.pins is not None:
+    offset = 0
+    while offset < size:
+        length = min(size - offset, PIECE_BYTES - (start + offset) % PIECE_BYTES)
+        yield offset, length
+        offset += length
+
+
+def pin(
+    buffer: StagingBuffer, device: torch.device, cuda: Cuda, call: Callable[[Callable[[], None]], None]
+) -> None:
+    """
+    Have a buffer's memory page-locked, so that devices write into it by themselves.
+
+    Takes about half a second a gigabyte, without the GIL; not for the training thread. Memory that
+    cannot be locked is warned of and used as it is. Does nothing for a buffer that was given before.
+
+    Args:
+        buffer: Its ``pins`` hold what is locked.
+        device: One of those that write into it; it is locked for all.
+        cuda: Locks.
+        call: Has a function called later, on a thread that may wait. It is given one piece at a time,
+            so that copies come in between.
+    """
+    if buffer.mapping is None or buffer.pins is not None:
         return
-    pins = _Pins(mapping)
-    if buffer.mapping is mapping:
-        buffer.pins = pins
+    pins = buffer.pins = _Pins(buffer.mapping, device, cuda)
+
+    def lock_next() -> None:
+        # A buffer that has grown meanwhile has dropped them, and they go when this does.
+        if buffer.pins is pins and pins.lock_next():
+            call(lock_next)
+
+    call(lock_next)
 
 
 class _Pins:
     """The page-locked pieces of a mapping; unlocked when this is dropped, before the mapping is."""
 
-    def __init__(self, mapping: mmap.mmap) -> None:
-        address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
-        locked: list[int] = []
-        weakref.finalize(self, _unlock, mapping, locked)
-        for start in range(0, len(mapping), PIECE_BYTES):
-            size = min(PIECE_BYTES, len(mapping) - start)
-            status = _runtime().cudaHostRegister(address + start, size, 0)
-            if int(status) != 0:
-                _log.warning(
-                    "Cannot page-lock the host memory of snapshots (%s, after %d of %d MiB): copies from the "
-                    "device will be slower. Raise the limit of locked memory (ulimit -l).",
-                    status,
-                    start >> 20,
-                    len(mapping) >> 20,
-                )
-                return
-            locked.append(address + start)
+    def __init__(self, mapping: mmap.mmap, device: torch.device, cuda: Cuda) -> None:
+        self._device = device
+        self._cuda = cuda
+        self._address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
+        self._size = len(mapping)
+        self._left = pieces(0, self._size)
+        self._locked: list[int] = []
+        weakref.finalize(self, _unlock, mapping, cuda, self._locked)
+
+    def lock_next(self) -> bool:
+        """Lock one more piece; return False when there is none left, or it was refused."""
+        offset, size = next(self._left, (0, 0))
+        if not size:
+            return False
+        refused = self._cuda.lock_pages(self._address + offset, size, self._device)
+        if refused is None:
+            self._locked.append(self._address + offset)
+            return True
+        _log.warning(
+            "Cannot page-lock the host memory of snapshots (%s, after %d of %d MiB): copies from the "
+            "device will be slower. Raise the limit of locked memory (ulimit -l).",
+            refused,
+            offset >> 20,
+            self._size >> 20,
+        )
+        return False
 
 
-def _unlock(mapping: mmap.mmap, addresses: Iterable[int]) -> None:
+def _unlock(mapping: mmap.mmap, cuda: Cuda, addresses: Iterable[int]) -> None:
     # The mapping is an argument so that it lives until here.
-    with contextlib.suppress(RuntimeError):
-        for address in addresses:
-            _runtime().cudaHostUnregister(address)
+    for address in addresses:
+        cuda.unlock_pages(address)
 
 
-def _runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _event() -> torch.cuda.Event:
-    # Whoever waits for it sleeps: a spinning thread would take a core from training.
-    return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-
-
-def _place(plan: SnapshotPlan, index: int, aside: torch.Tensor, shift: int) -> torch.Tensor:
-    part = plan.ranges[index]
-    place = aside[part.position + shift : part.position + shift + part.size]
-    layout = plan.layouts[part.tensor]
-    if not part.whole or layout is None:
-        return place
-    # In the tensor's own type and shape: torch copies many tensors in one kernel only between equals.
-    return place.view(layout.dtype).view(layout.shape)
+def _places(plan: SnapshotPlan, sections: Sequence[Section], aside: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Give the place of each range, as far behind the beginning of *aside* as of the first section."""
+    first = sections[0].start
+    for section in sections:
+        for index in section.ranges:
+            part = plan.ranges[index]
+            place = aside[part.position - first : part.position - first + part.size]
+            layout = plan.layouts[part.tensor]
+            # In the tensor's own type and shape: torch copies many tensors in one kernel only between equals.
+            yield place if not part.whole or layout is None else place.view(layout.dtype).view(layout.shape)
 
 
 def _by_dtype(

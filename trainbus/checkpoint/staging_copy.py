@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from trainbus.checkpoint.background_copy import BackgroundCopy, CopyThread, HostMove, Move, Watched
-from trainbus.checkpoint.device_copy import DeviceStaging, pin
+from trainbus.checkpoint.cuda import Cuda
+from trainbus.checkpoint.device_copy import DeviceStaging, pieces, pin
 from trainbus.checkpoint.nesting import path_to, tensors_in, with_tensors
 from trainbus.checkpoint.snapshot_plan import (
-    ALIGNMENT,
     COPIED_DEVICES,
     ByteRange,
     Layout,
@@ -93,17 +94,24 @@ class Stager:
         memory: Where buffers are taken from; `Snapshot.release` gives them back.
         device_snapshot: Whether CUDA tensors are copied on their device first: ``"auto"``, True, False.
         check: Compare each background copy with the values of the request.
+        cuda: The door to devices; by default the real one.
 
     Attributes:
         thread: Copies what is left of a snapshot when `take` returns.
     """
 
     def __init__(
-        self, memory: StagingMemory, *, device_snapshot: str | bool = "auto", check: bool = False
+        self,
+        memory: StagingMemory,
+        *,
+        device_snapshot: str | bool = "auto",
+        check: bool = False,
+        cuda: Cuda | None = None,
     ) -> None:
         self.thread = CopyThread()
         self._memory = memory
-        self._devices = DeviceStaging(device_snapshot)
+        self._devices = DeviceStaging(device_snapshot, cuda)
+        self._last_copy: BackgroundCopy | None = None
         self._check = check
         self._seen: tuple[list[Any], set[int]] | None = None
         self._plan: SnapshotPlan | None = None
@@ -143,19 +151,19 @@ class Stager:
 
     def begin(self, snapshot: Snapshot) -> None:
         """Have the thread copy what is left of *snapshot*, and lock memory that devices copy into."""
-        buffer = snapshot.buffer
-        lock = self._copies_from_devices and buffer.pins is None
-        if snapshot.copy is not None or lock:
+        device = next((one for one in self._devices_of_plan if self._devices.cuda.serves(one)), None)
+        if snapshot.copy is not None or device is not None:
             self.thread.start()
         if snapshot.copy is not None:
+            self._last_copy = snapshot.copy
             self.thread.carry_out(snapshot.copy)
-        if lock:
+        if device is not None:
             # Behind the copy, which must not wait for it.
-            self.thread.call(lambda: pin(buffer))
+            pin(snapshot.buffer, device, self._devices.cuda, self.thread.call)
 
     @property
-    def _copies_from_devices(self) -> bool:
-        return self._plan is not None and any(part.device.type == "cuda" for part in self._plan.sections)
+    def _devices_of_plan(self) -> Iterator[torch.device]:
+        return (section.device for section in self._plan.sections) if self._plan is not None else iter(())
 
     def warm_up(self, state: Any) -> StagingBuffer | None:
         """
@@ -216,26 +224,45 @@ class Stager:
         """Copy what must be copied at once; return the moves that are left and the ranges not yet read."""
         later: list[Move] = []
         unread: set[int | None] = set()
-        positions, sizes = _places_aside(plan)
-        # Devices first: they copy while this thread goes on to the next section.
-        for section in sorted(plan.sections, key=lambda section: section.device.type == "cpu"):
-            device, sources = section.device, _sources(plan, section, tensors)
-            targets = [views.targets[index] for index in section.ranges]
-            if device.type == "cuda" and self._devices.has_room(device, sizes[device]):
-                place = views.sections[section], positions[section]
-                later.append(self._devices.put_aside(plan, section, sources, *place))
-            elif section.waits:
-                unread.update(section.ranges)
-                later.append(
-                    self._devices.fetch_later(device, sources, targets)
-                    if device.type == "cuda"
-                    else HostMove(targets, sources)
-                )
-            elif device.type == "cuda":
-                self._devices.fetch_now(device, sources, targets)
-            else:
-                HostMove(targets, sources).begin()
+        cuda = self._devices.cuda
+        by_device = [(device, list(sections)) for device, sections in groupby(plan.sections, _device_of)]
+        # Devices first: they copy while this thread goes on to the next.
+        for device, sections in sorted(by_device, key=lambda one: not cuda.serves(one[0])):
+            span = views.spans[device]
+            if cuda.serves(device) and self._devices.has_room(device, span.numel()):
+                self._wait_for_last_fetch()
+                sources = [one for section in sections for one in _sources(plan, section, tensors)]
+                later.append(self._devices.put_aside(plan, sections, sources, span))
+                continue
+            for section in sections:
+                if section.waits:
+                    unread.update(section.ranges)
+                    later.append(self._move_later(plan, section, tensors, views))
+                else:
+                    self._move_now(plan, section, tensors, views)
         return later, unread
+
+    def _move_later(
+        self, plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor], views: _Views
+    ) -> Move:
+        if not self._devices.cuda.serves(section.device):
+            return HostMove(*_pairs(plan, section, tensors, views))
+        targets, sources = _cut_pairs(plan, section, tensors, views)
+        return self._devices.fetch_later(section.device, sources, targets)
+
+    def _move_now(
+        self, plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor], views: _Views
+    ) -> None:
+        if not self._devices.cuda.serves(section.device):
+            HostMove(*_pairs(plan, section, tensors, views)).begin()
+        else:
+            targets, sources = _cut_pairs(plan, section, tensors, views)
+            self._devices.fetch_now(section.device, sources, targets)
+
+    def _wait_for_last_fetch(self) -> None:
+        # Its place on the device is written to next, behind an event that its fetch records.
+        if self._last_copy is not None:
+            self._last_copy.wait_until_begun()
 
     def _warn_of_odd_devices(self, tensors: Sequence[torch.Tensor]) -> None:
         odd = {tensor.device.type for tensor in tensors} - COPIED_DEVICES - self._odd_devices - {"meta"}
@@ -261,13 +288,15 @@ class _Views:
     Attributes:
         targets: For each range, what it is copied into.
         tensors: For each tensor of the state, its place; None if it is copied by its parts.
-        sections: For each section, all of its bytes.
+        ranges: For each range, its bytes.
+        spans: For each device, the bytes of all of its sections, which lie side by side.
     """
 
     plan: SnapshotPlan
     targets: list[torch.Tensor]
     tensors: list[torch.Tensor | None]
-    sections: dict[Section, torch.Tensor]
+    ranges: list[torch.Tensor]
+    spans: dict[torch.device, torch.Tensor]
 
 
 def _find_waiting(
@@ -287,16 +316,6 @@ def _is_same(tensor: torch.Tensor, owner: torch.Tensor) -> bool:
     )
 
 
-def _places_aside(plan: SnapshotPlan) -> tuple[dict[Section, int], dict[torch.device, int]]:
-    """Return where each section would begin in a copy on its device, and the size of each device's."""
-    positions: dict[Section, int] = {}
-    sizes: dict[torch.device, int] = {}
-    for section in plan.sections:
-        positions[section] = sizes.get(section.device, 0)
-        sizes[section.device] = positions[section] + -(-section.size // ALIGNMENT) * ALIGNMENT
-    return positions, sizes
-
-
 def _range_of(plan: SnapshotPlan, index: int) -> int | None:
     layout = plan.layouts[index]
     return None if layout is None else layout.range
@@ -310,9 +329,21 @@ def _views(buffer: StagingBuffer, plan: SnapshotPlan) -> _Views:
     ranges = [_bytes_in(buffer, part.position, part.size) for part in plan.ranges]
     tensors = [None if layout is None else _view(layout, ranges) for layout in plan.layouts]
     targets = [_target(part, ranges[index], tensors) for index, part in enumerate(plan.ranges)]
-    sections = {section: _bytes_in(buffer, section.start, section.size) for section in plan.sections}
-    views = buffer.views = _Views(plan, targets, tensors, sections)
+    views = buffer.views = _Views(plan, targets, tensors, ranges, _spans(buffer, plan))
     return views
+
+
+def _spans(buffer: StagingBuffer, plan: SnapshotPlan) -> dict[torch.device, torch.Tensor]:
+    spans = {}
+    for device, sections in groupby(plan.sections, _device_of):
+        together = list(sections)
+        first, last = together[0], together[-1]
+        spans[device] = _bytes_in(buffer, first.start, last.start + last.size - first.start)
+    return spans
+
+
+def _device_of(section: Section) -> torch.device:
+    return section.device
 
 
 def _bytes_in(buffer: StagingBuffer, start: int, size: int) -> torch.Tensor:
@@ -324,6 +355,32 @@ def _target(
 ) -> torch.Tensor:
     tensor = tensors[part.tensor]
     return whole_range if tensor is None or not part.whole else tensor.detach()
+
+
+def _pairs(
+    plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor], views: _Views
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return what the ranges of a section are copied into, and what is copied there."""
+    return [views.targets[index] for index in section.ranges], _sources(plan, section, tensors)
+
+
+def _cut_pairs(
+    plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor], views: _Views
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Do what `_pairs` does, with ranges cut where a device may not copy on."""
+    targets: list[torch.Tensor] = []
+    sources: list[torch.Tensor] = []
+    for index, target, source in zip(section.ranges, *_pairs(plan, section, tensors, views), strict=True):
+        part = plan.ranges[index]
+        cuts = list(pieces(part.position, part.size))
+        if len(cuts) == 1:
+            targets.append(target)
+            sources.append(source)
+        else:
+            whole = _bytes_of(tensors[part.tensor], part)
+            targets += [views.ranges[index][offset : offset + size] for offset, size in cuts]
+            sources += [whole[offset : offset + size] for offset, size in cuts]
+    return targets, sources
 
 
 def _sources(plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,0 +1,264 @@
+"""Snapshots of a device's tensors: whatever the device does first, they hold what they should."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+from collections import deque
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+
+from trainbus.checkpoint import device_copy, snapshot_plan
+from trainbus.checkpoint.staging_copy import Snapshot, Stager
+from trainbus.checkpoint.staging_memory import StagingMemory
+
+from .simulated_cuda import SimulatedCuda
+
+PIECE = mmap.PAGESIZE
+STEPS = 12
+ROOM = {"aside": 1 << 40, "no room": 0}
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """Let small tensors be as many pieces as large ones."""
+    monkeypatch.setattr(device_copy, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(snapshot_plan, "SMALLEST_WAITING", 64)
+
+
+class Training:
+    """
+    A training on a simulated device: each step fills all its tensors with a number, and some are saved.
+
+    Args:
+        random: Decides what happens when.
+        cuda: The device.
+        max_pending: Snapshots that may exist at a time.
+        overlap: Whether weights may be copied until the next step.
+        **options: For the stager.
+    """
+
+    def __init__(
+        self, random: Random, cuda: SimulatedCuda, *, max_pending: int = 1, overlap: bool = False, **options
+    ) -> None:
+        self.random = random
+        self.cuda = cuda
+        self.stager = Stager(StagingMemory(max_pending), cuda=cuda, **options)
+        self.max_pending = max_pending
+        sizes = [random.choice((1, 7, 300, PIECE // 4, 3 * PIECE // 4 + 5)) for _ in range(6)]
+        self.weights = [torch.zeros(size) for size in sizes]
+        self.others = [torch.zeros(size, dtype=torch.float64) for size in sizes[:3]]
+        view = torch.zeros(40)[3:21]
+        self.others += [view, view[2:9:2]]
+        self.owners = {tensor.data_ptr(): tensor for tensor in self.weights} if overlap else None
+        self.pending: deque[tuple[Snapshot, int]] = deque()
+        self.problems: list[str] = []
+
+    def fill(self, tensors: list[torch.Tensor], number: int) -> None:
+        """Give the device kernels that write *number*."""
+        for tensor in tensors:
+            self.cuda.launch(lambda tensor=tensor: tensor.fill_(number))
+
+    def step(self, number: int) -> None:
+        """Train, as an optimizer's step does that a fence comes before."""
+        self.fill(self.others, number)
+        for snapshot, _ in self.pending:
+            if snapshot.waits:
+                snapshot.copy.let_change()
+        self.fill(self.weights, number)
+
+    def save(self, number: int) -> None:
+        """Ask for a snapshot of what the step before has left, when there is room."""
+        while len(self.pending) >= self.max_pending:
+            self.look()
+        state = {"weights": self.weights}
+        if self.random.random() < 0.8:
+            state["others"] = self.others
+        snapshot = self.stager.take(state, self.owners)
+        self.stager.begin(snapshot)
+        self.pending.append((snapshot, number))
+
+    def look(self) -> None:
+        """Wait for the oldest snapshot, as the writer does, and see what it holds."""
+        snapshot, number = self.pending.popleft()
+        snapshot.wait()
+        for kind, tensors in snapshot.state.items():
+            for index, tensor in enumerate(tensors):
+                held = set(tensor.unique().tolist())
+                if held != {number}:
+                    self.problems.append(f"{kind}[{index}] holds {held} and should hold {number}")
+        snapshot.release()
+
+    def run(self) -> None:
+        """Train and save, now and then with a copying thread that has something else to do."""
+        for number in range(1, STEPS + 1):
+            self.step(number)
+            if self.random.random() < 0.7:
+                if self.random.random() < 0.3:
+                    self.stager.thread.start()
+                    self.stager.thread.call(lambda: [None for _ in range(self.random.randrange(3000))])
+                self.save(number)
+            if self.pending and self.random.random() < 0.3:
+                self.look()
+        while self.pending:
+            self.look()
+        self.stager.thread.close()
+
+
+class TestAnyOrder:
+    @pytest.mark.parametrize("locks", [0, 2, 1 << 40], ids=["pageable", "locked in part", "locked"])
+    @pytest.mark.parametrize("overlap", [False, True], ids=["auto", "overlap"])
+    @pytest.mark.parametrize("room", ROOM)
+    @pytest.mark.parametrize("max_pending", [1, 2, 3])
+    def test_snapshots_hold_what_the_request_found(self, request, max_pending, room, overlap, locks):
+        """
+        However the device orders its work, each snapshot holds the values of its request.
+        """
+        for seed in range(request.config.getoption("--runs") or 12):
+            random = Random(seed)
+            cuda = SimulatedCuda(random, room=ROOM[room], refuses_locks_after=locks)
+            training = Training(random, cuda, max_pending=max_pending, overlap=overlap)
+            training.run()
+
+            assert training.problems == [], f"seed {seed}"
+            assert cuda.trouble == [], f"seed {seed}"
+
+    def test_without_a_copy_on_the_device(self):
+        """
+        With device_snapshot=False nothing is allocated there.
+        """
+        cuda = SimulatedCuda(Random(0), room=0)
+        training = Training(Random(0), cuda, device_snapshot=False)
+        training.run()
+
+        assert training.problems == []
+
+
+class TestPutAside:
+    def test_devices_lie_side_by_side(self):
+        """
+        The copy of a device whose bytes do not come first in the buffer begins at its own first byte.
+        """
+        cuda = SimulatedCuda(Random(4))
+        tensor = torch.arange(PIECE, dtype=torch.float64)
+        plan = snapshot_plan.make_plan([tensor])
+        shift = 3 * snapshot_plan.ALIGNMENT
+        part, section = plan.ranges[0], plan.sections[0]
+        moved = replace(
+            plan,
+            ranges=(replace(part, position=part.position + shift),),
+            sections=(replace(section, start=section.start + shift),),
+        )
+        target = torch.zeros(section.size, dtype=torch.uint8)
+        staging = device_copy.DeviceStaging(cuda=cuda)
+        assert staging.has_room(section.device, section.size)
+
+        fetch = staging.put_aside(moved, moved.sections, [tensor], target)
+        fetch.begin()
+        fetch.finish()
+
+        assert target.view(torch.float64).equal(tensor)
+
+    def test_next_copy_waits_until_the_last_is_begun(self):
+        """
+        What was put aside is not written over before the copying thread has asked for it.
+        """
+        cuda = SimulatedCuda(Random(1))
+        training = Training(Random(1), cuda, max_pending=2)
+        late = training.stager.thread
+        late.start()
+        jobs: list = []
+        late.call, call = jobs.append, late.call  # as if the thread were busy
+        training.step(1)
+        training.save(1)
+        training.stager.thread.call = call
+        waits = training.pending[0][0].copy.wait_until_begun
+        training.pending[0][0].copy.wait_until_begun = lambda: ([call(job) for job in jobs], waits())
+
+        training.step(2)
+        training.save(2)
+        while training.pending:
+            training.look()
+
+        assert training.problems == []
+
+    def test_memory_given_back_while_it_is_fetched(self):
+        """
+        What a device gets in the place of a copy that had to go is not written before that is fetched.
+        """
+        tensor = torch.arange(PIECE, dtype=torch.float64)
+        plan = snapshot_plan.make_plan([tensor])
+        size = plan.sections[0].size
+        for seed in range(20):
+            cuda = SimulatedCuda(Random(seed), room=size)
+            staging = device_copy.DeviceStaging(True, cuda)
+            buffer = StagingMemory().acquire(size)
+            device_copy.pin(buffer, tensor.device, cuda, lambda job: job())
+            target = torch.frombuffer(buffer.mapping, dtype=torch.uint8)
+            assert staging.has_room(tensor.device, size)
+            fetch = staging.put_aside(plan, plan.sections, [tensor], target)
+            fetch.begin()
+
+            assert not staging.has_room(tensor.device, size + 1)
+            cuda.launch(lambda memory=cuda.memory: memory.fill_(7))
+            fetch.finish()
+
+            assert target.view(torch.float64).equal(tensor), f"seed {seed}"
+
+
+class TestPin:
+    def test_all_of_a_buffer_is_locked_and_let_go(self):
+        """
+        A buffer is locked piece by piece, and unlocked when it is dropped.
+        """
+        cuda = SimulatedCuda(Random(2))
+        training = Training(Random(2), cuda)
+        training.step(1)
+        training.save(1)
+        training.look()
+        over = training.stager.thread
+        done: list = []
+        for _ in range(200):  # each piece asks for the next one
+            over.call(lambda: done.append(1))
+        training.save(1)
+        training.look()
+        mapped = len(training.stager._memory._free[0].mapping)
+        assert sum(cuda.locked.values()) == mapped
+
+        thread = over._thread
+        over.close()
+        thread.join()
+        del training, over
+        gc.collect()
+        assert cuda.locked == {}
+
+    def test_refusal_is_told_once(self, caplog):
+        """
+        Memory that cannot be locked is warned of once, with how far it went, and used as it is.
+        """
+        cuda = SimulatedCuda(Random(3), refuses_locks_after=1)
+        training = Training(Random(3), cuda)
+        training.run()
+
+        warnings = [record.getMessage() for record in caplog.records if "page-lock" in record.getMessage()]
+        assert len(warnings) == 1
+        assert "no more" in warnings[0] and "ulimit -l" in warnings[0]
+        assert training.problems == []
+
+
+class TestPieces:
+    @pytest.mark.parametrize("start", [0, 64, PIECE - 64, PIECE, PIECE + 64])
+    @pytest.mark.parametrize("size", [1, 64, PIECE - 64, PIECE, PIECE + 1, 3 * PIECE])
+    def test_cover_and_never_cross(self, start, size):
+        """
+        Pieces follow on each other, cover all bytes and cross no multiple of the size locked at a time.
+        """
+        position = start
+        for offset, length in device_copy.pieces(start, size):
+            assert start + offset == position
+            assert position // PIECE == (position + length - 1) // PIECE
+            position += length
+        assert position == start + size
