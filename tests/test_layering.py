@@ -82,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "trainbus.checkpoint.temporary": {"trainbus.checkpoint.disk"},
     "trainbus.checkpoint.template_lock": {"trainbus.errors", "trainbus.checkpoint.disk"},
-    "trainbus.checkpoint.pending_save": FILE,
+    "trainbus.checkpoint.pending_save": {*FILE, "trainbus.checkpoint.stats"},
     "trainbus.checkpoint.retries": set(),
     "trainbus.checkpoint.interpreter_exit": {"trainbus.errors"},
     "trainbus.checkpoint.write_job": {

@@ -42,7 +42,8 @@ moment at which the event arrives. The other fields:
 - ``resumed``: True if the run continues from a checkpoint.
 - ``error``: the exception.
 - ``reason``: a sentence, or None (``train_end``: the run went to its end).
-- ``save``: the `PendingSave`. ``path``: the file. ``manifest``: its `Manifest`.
+- ``save``: the `PendingSave`; ``save.times`` tells what it cost, and when what happened to it.
+- ``path``: the file. ``manifest``: its `Manifest`.
 - ``size``: bytes. ``seconds``: from the request until the file was durable.
 - ``stream``: the key of the callback that asked for the save, or an empty string.
 """

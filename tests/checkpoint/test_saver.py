@@ -41,6 +41,8 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    monotonic = perf_counter
+
 
 class Training:
     """A saver, one weight with an optimizer, and what the saver reported."""
@@ -577,6 +579,60 @@ class TestLostTime:
 
         assert training.saver.lost.fenced == 3
         assert training.saver.lost.total == 3
+
+
+class TestTimes:
+    """What a save says of itself; together it is what the saver says of all."""
+
+    def test_of_each(self, train, clock, gate, monkeypatch):
+        """
+        A save knows what it cost by itself, and when training turned to it and a step waited for it.
+        """
+        let_change = GatedCopy.let_change
+
+        def slowly(self: GatedCopy) -> None:
+            clock.now += 3
+            let_change(self)
+
+        def collect() -> Any:
+            clock.now += 2
+            return training.state()
+
+        monkeypatch.setattr(GatedCopy, "let_change", slowly)
+        training = train(snapshot="overlap")
+        saves = []
+        for _ in range(2):
+            clock.now += 10
+            saves.append(training.save(collect))
+            training.step()
+            saves[-1].result(WAIT)
+
+        assert [(one.times.taken, one.times.fenced_at) for one in saves] == [(10, 12), (25, 27)]
+        assert [(one.times.waiting, one.times.copying, one.times.fenced) for one in saves] == [(0, 2, 3)] * 2
+        assert sum(one.times.lost for one in saves) == training.saver.lost.total == 10
+
+    def test_waiting(self, train, clock):
+        """
+        A save that had to wait for room knows how long.
+        """
+        training = train()
+
+        def admit(pending: PendingSave) -> bool:
+            clock.now += 4
+            return False
+
+        training.saver.writer.admit = admit
+
+        assert training.save().times.waiting == training.saver.lost.waiting == 4
+
+    def test_on_the_writer(self, train):
+        """
+        The writer adds when it took the save up and when the file was durable.
+        """
+        save = train().save()
+        save.result(WAIT)
+
+        assert save.times.requested <= save.times.begun <= save.times.durable
 
 
 class TestPrepare:

@@ -72,6 +72,22 @@ class TestSaveAsync:
 
         assert handler.saves[0].callbacks_state == {"Counter": {"count": 1}, "Counter#2": {"count": 2}}
 
+    def test_times(self, handler):
+        """
+        A save costs nothing and is durable at once, unless the test says otherwise.
+        """
+        seen = []
+        handler.bus.on("checkpoint_saved", lambda seconds: seen.append(seconds))
+        first, second = handler.save_async("a.pt"), handler.save_async("b.pt")
+        second.times.durable = second.times.requested + 2.5
+
+        for save in handler.saves:
+            save.succeed()
+        handler.bus.drain()
+
+        assert seen == [0, 2.5]
+        assert first.times.durable == first.times.begun == first.times.requested and first.times.lost == 0
+
     def test_auto_complete(self):
         """
         By default a save is durable at once, and its event is delivered before the next one.

@@ -314,9 +314,11 @@ class BackgroundWriter:
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             if self._jobs:
-                self._running = self._jobs.popleft()
-                self._running.begun = time.monotonic()
-                return self._running
+                job = self._running = self._jobs.popleft()
+                job.begun = time.monotonic()
+                if job.pending is not None:
+                    job.pending.times.begun = job.begun
+                return job
             # Under the lock, so that whoever submits from now on starts a new thread.
             self._thread = None
             return None
@@ -353,7 +355,9 @@ class BackgroundWriter:
         if pending.done():
             _log.warning("%r was written after all; it was reported as failed.", pending.path)
             return False
-        seconds = time.monotonic() - pending.requested
+        times = pending.times
+        times.durable = time.monotonic()
+        seconds = times.durable - times.requested
         self._tell("checkpoint_saved", pending, manifest=manifest, size=manifest.size, seconds=seconds)
         self._settle(pending, lambda: pending.complete(manifest))
         return True

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from trainbus.checkpoint.stats import SaveTimes
 from trainbus.errors import CheckpointError, CheckpointSkipped
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class PendingSave:
         stream: Key of the callback that asked, or empty.
         logs: Metrics at that moment. Those that a GPU was still computing are in it once the
             writer has read them, which is before the save is durable.
-        requested: ``time.monotonic()`` of the request, in seconds.
+        times: What it cost the training thread, and when it was asked for, written and durable.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class PendingSave:
         self.global_step = global_step
         self.stream = stream
         self.logs: Mapping[str, float] = dict(logs or {})
-        self.requested = time.monotonic()
+        self.times = SaveTimes(requested=time.monotonic())
         self._manifest: Manifest | None = None
         self._error: CheckpointError | None = None
         self._begin()

@@ -5,6 +5,7 @@ The road that every save of trainbus takes, with or without a handler.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -26,7 +27,7 @@ from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
-from trainbus.checkpoint.stats import LostTime
+from trainbus.checkpoint.stats import LostTime, SaveTimes
 from trainbus.checkpoint.temporary import sweep
 from trainbus.errors import CheckpointWriteError
 
@@ -123,17 +124,17 @@ class Saver:
         with record_function("trainbus: wait for room"):
             if not self._admit(pending):
                 return
-        begun = time.perf_counter()
+        begun = time.monotonic()
         try:
             with record_function("trainbus: snapshot"), collector.paused():
-                snapshot = self._take(collect(), tuple(optimizers))
+                snapshot = self._take(collect(), tuple(optimizers), pending.times)
         except Exception as error:
             failure = CheckpointWriteError(pending.path, pending.global_step, error)
             failure.__cause__ = error
             self.writer.fail(pending, failure)
             return
         finally:
-            seconds = time.perf_counter() - begun
+            seconds = pending.times.copying = time.monotonic() - begun
             self.lost.copying += seconds
             if not self._overlaps and fence.knows(optimizers):
                 self.lost.overlappable += seconds
@@ -186,13 +187,13 @@ class Saver:
                 self._lower_fence()
 
     def _admit(self, pending: PendingSave) -> bool:
-        begun = time.perf_counter()
+        begun = pending.times.taken = time.monotonic()
         self._stop_touching.set()
         self._touched.wait()
         try:
             return self.writer.admit(pending)
         finally:
-            seconds = time.perf_counter() - begun
+            seconds = pending.times.waiting = time.monotonic() - begun
             self.lost.waiting += seconds
             if seconds >= WORTH_A_WORD and not self._said_that_it_waited:
                 self._said_that_it_waited = True
@@ -202,13 +203,13 @@ class Saver:
                     seconds,
                 )
 
-    def _take(self, state: Any, optimizers: Sequence[Any]) -> Snapshot:
+    def _take(self, state: Any, optimizers: Sequence[Any], times: SaveTimes) -> Snapshot:
         owned = fence.owned_tensors(optimizers) if optimizers and self._may_overlap() else None
         snapshot = self._stager.take(state, owned)
         if snapshot.copy is not None:
             self._last_copy = snapshot.copy
             if snapshot.waits:
-                fence.hold(snapshot.copy, self._charge)
+                fence.hold(snapshot.copy, functools.partial(self._charge, times))
         try:
             self._stager.begin(snapshot)
         except BaseException as error:
@@ -238,8 +239,10 @@ class Saver:
         if names:
             _log.info("Removed %d unfinished file(s) that dead runs have left in %r.", len(names), folder)
 
-    def _charge(self, seconds: float) -> None:
+    def _charge(self, times: SaveTimes, seconds: float) -> None:
         self.lost.fenced += seconds
+        times.fenced += seconds
+        times.fenced_at = time.monotonic() - seconds
 
 
 def _serialize(state: Any, stream: BinaryIO) -> None:

@@ -1,10 +1,45 @@
-"""What checkpoints cost a run."""
+"""What checkpoints cost a run, and each save by itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CheckpointStats", "LostTime"]
+__all__ = ["CheckpointStats", "LostTime", "SaveTimes"]
+
+
+@dataclass
+class SaveTimes:
+    """
+    What one save cost, and when. Complete with its event, when the training thread reads it.
+
+    Moments are ``time.monotonic()`` in seconds, None: not reached; durations are seconds.
+
+    Attributes:
+        requested: When it was asked for.
+        taken: When the training thread turned to it: later than *requested* if the save was put off
+            until an optimizer step. It stood still from here on for *waiting*, then *copying*.
+        waiting: For earlier saves to be written.
+        copying: Collecting the state and copying it.
+        fenced: In an optimizer step that had to wait for the copy in the background, from
+            *fenced_at* on.
+        fenced_at: When that wait began.
+        begun: When the writer thread took it up.
+        durable: When its file was durable.
+    """
+
+    requested: float
+    taken: float | None = None
+    waiting: float = 0.0
+    copying: float = 0.0
+    fenced: float = 0.0
+    fenced_at: float | None = None
+    begun: float | None = None
+    durable: float | None = None
+
+    @property
+    def lost(self) -> float:
+        """Seconds of the training thread in all."""
+        return self.waiting + self.copying + self.fenced
 
 
 @dataclass

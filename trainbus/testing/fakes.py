@@ -75,9 +75,17 @@ class FakeSave:
         )
 
     def succeed(self) -> None:
-        """Let it be durable: ``checkpoint_saved``."""
-        manifest = self.manifest
-        self._post("checkpoint_saved", manifest=manifest, size=manifest.size, seconds=0.0)
+        """
+        Let it be durable: ``checkpoint_saved``.
+
+        By ``pending.times`` it is at the moment of the request, and cost nothing, unless the test has
+        set them to something else.
+        """
+        manifest, times = self.manifest, self.pending.times
+        if times.durable is None:
+            times.taken = times.begun = times.durable = times.requested
+        seconds = times.durable - times.requested
+        self._post("checkpoint_saved", manifest=manifest, size=manifest.size, seconds=seconds)
         self.pending.complete(manifest)
 
     def fail(self, error: Exception) -> None:
