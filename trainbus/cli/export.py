@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -12,10 +11,9 @@ from typing import Any
 import torch
 import typer
 
-from trainbus.checkpoint.disk import disk_in_use
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.load import load_file
-from trainbus.checkpoint.temporary import create_temporary
+from trainbus.cli.whole_file import write_whole
 from trainbus.errors import MissingExtraError, TrainbusError
 
 __all__ = ["run"]
@@ -53,7 +51,7 @@ def run(file: str, target: str, *, force: bool, as_json: bool) -> None:
     tensors, shared = _once(dict(_named(_weights(state, manifest), "", file)))
     data = save(tensors, metadata={**_metadata(manifest), **shared})
     try:
-        _write(target, data)
+        write_whole(target, data)
     except OSError as error:
         sys.exit(f"trainbus: cannot write {target!r}: {error.strerror}. What was there before still is.")
     if as_json:
@@ -112,21 +110,3 @@ def _metadata(manifest: Manifest | None) -> dict[str, str]:
     for name in ("run_id", "epoch", "global_step", "monitor", "score", "created"):
         facts[f"trainbus.{name}"] = str(getattr(manifest, name))
     return {**facts, "trainbus.logs": json.dumps(dict(manifest.logs))}
-
-
-def _write(target: str, data: bytes) -> None:
-    disk = disk_in_use()
-    folder_path, name = os.path.split(os.path.expanduser(target))
-    folder = disk.open_folder(folder_path or os.curdir, create=False)
-    with contextlib.ExitStack() as stack:
-        stack.callback(disk.close, folder)
-        temporary, fd = stack.enter_context(create_temporary(disk, folder, name))
-        try:
-            view, done = memoryview(data), 0
-            while done < len(view):
-                done += disk.write(fd, view[done:], done)
-            disk.fsync(fd)
-        finally:
-            disk.close(fd)
-        disk.rename(folder, temporary, name)
-        disk.fsync_folder(folder)
