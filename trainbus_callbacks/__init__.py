@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from trainbus_callbacks.csv_logger import CSVLogger as CSVLogger
     from trainbus_callbacks.early_stopping import EarlyStopping as EarlyStopping
     from trainbus_callbacks.ema import EMA as EMA
+    from trainbus_callbacks.history import History as History
+    from trainbus_callbacks.history_file import RunHistory as RunHistory
+    from trainbus_callbacks.history_file import read_history as read_history
     from trainbus_callbacks.learning_rate_monitor import LearningRateMonitor as LearningRateMonitor
     from trainbus_callbacks.on_exception import OnException as OnException
     from trainbus_callbacks.preemption import Preemption as Preemption
@@ -34,6 +37,7 @@ _HOME = {
     "EMA": "trainbus_callbacks.ema",
     "EarlyStopping": "trainbus_callbacks.early_stopping",
     "Every": "trainbus_callbacks.triggers",
+    "History": "trainbus_callbacks.history",
     "KeepBest": "trainbus.checkpoint.retention",
     "KeepEvery": "trainbus.checkpoint.retention",
     "KeepLast": "trainbus.checkpoint.retention",
@@ -44,10 +48,12 @@ _HOME = {
     "Preemption": "trainbus_callbacks.preemption",
     "ProgressBar": "trainbus_callbacks.progress_bar",
     "Retention": "trainbus.checkpoint.retention",
+    "RunHistory": "trainbus_callbacks.history_file",
     "SaveOnRequest": "trainbus_callbacks.save_on_request",
     "TensorBoardLogger": "trainbus_callbacks.tensorboard_logger",
     "TerminateOnNaN": "trainbus_callbacks.terminate_on_nan",
     "Trigger": "trainbus_callbacks.triggers",
+    "read_history": "trainbus_callbacks.history_file",
 }
 
 __all__ = [*sorted(_HOME)]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainbus.checkpoint.folder import CheckpointFolder
 from trainbus.handler import Handler
-from trainbus_callbacks import ModelCheckpoint, ProgressBar
+from trainbus_callbacks import History, ModelCheckpoint, ProgressBar
 
 __all__ = ["run"]
 
@@ -45,6 +45,7 @@ def run(folder: str, epochs: int, batches: int, save_every: int) -> None:
         handler.add_callback(ModelCheckpoint(os.path.join(folder, "last.pt"), save_freq=save_every))
         best = ModelCheckpoint(os.path.join(folder, "best.pt"), monitor="val_loss", save_best_only=True)
         handler.add_callback(best)
+        handler.add_callback(History(os.path.join(folder, "history.jsonl"), every=10))
         handler.add_callback(ProgressBar(disable=None))  # no bar where the output is no terminal
         if handler.resume(folder):
             console.print(_where_it_continues(handler, epochs), soft_wrap=True)

@@ -129,6 +129,7 @@ class FakeHandler:
         bus: Its bus, whose handler it is.
         saves: What `save_async` was asked for, in order.
         epoch, batch, global_step, total_epochs: As of `Handler`; moved by `emit_run` or the test.
+        lineage: The runs that it continues, oldest first.
         accumulating: Whether gradients of an unfinished accumulation are pending.
         is_stepping: Whether an optimizer is inside of its step, or was left there by an exception.
         optimizer: What a callback may look at; None unless the test sets it.
@@ -151,6 +152,7 @@ class FakeHandler:
         self.logged: dict[str, Any] = {}
         self.resumed = resumed
         self.run_id = run_id or uuid.uuid4().hex
+        self.lineage: tuple[str, ...] = ()
         self.epoch = 0
         self.batch = 0
         self.global_step = 0
