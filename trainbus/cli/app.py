@@ -23,11 +23,12 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="The run's total of epochs.")] = 3,
     batches: Annotated[int, typer.Option(min=1, help="Training batches in an epoch.")] = 120,
     save_every: Annotated[int, typer.Option(min=1, help="Training batches between two checkpoints.")] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
     """Train a small GPT on the source of Python's library; run it again and it continues."""
     from trainbus.cli.demo import run
 
-    run(str(folder), epochs, batches, save_every)
+    run(str(folder), epochs, batches, save_every, as_json=as_json)
 
 
 @app.command()

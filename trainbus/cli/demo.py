@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
 import sys
 import sysconfig
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,10 +29,29 @@ VOCABULARY = 128  # ASCII
 VALIDATION_BATCHES = 20
 
 
-def run(folder: str, epochs: int, batches: int, save_every: int) -> None:
-    """Train for *epochs* in all, continuing what *folder* holds, and say what was saved."""
+def run(folder: str, epochs: int, batches: int, save_every: int, *, as_json: bool = False) -> None:
+    """
+    Train for *epochs* in all, continuing what *folder* holds, and say what was saved.
+
+    Args:
+        folder: Of the checkpoints and the history of the run.
+        epochs: The run's total.
+        batches: Training batches in an epoch.
+        save_every: Training batches between two checkpoints.
+        as_json: Print one object at the end: ``folder``, ``resumed``, ``epoch`` (completed ones),
+            ``global_step``, ``cost`` (as `CheckpointStats`) and ``checkpoints``. All else goes to stderr.
+    """
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        console = Console()
+        handler = _train(console, folder, epochs, batches, save_every)
+        if not as_json:
+            _report(console, folder)
+    if as_json:
+        print(json.dumps(_facts(handler, folder)))
+
+
+def _train(console: Console, folder: str, epochs: int, batches: int, save_every: int) -> Handler:
     torch.manual_seed(0)
-    console = Console()
     text = library_source(limit=2_000_000)
     cut = len(text) - (VALIDATION_BATCHES * BATCH_SIZE + 1) * CONTEXT
     train = DataLoader(Windows(text[:cut], batches * BATCH_SIZE), BATCH_SIZE, shuffle=True)
@@ -53,7 +76,7 @@ def run(folder: str, epochs: int, batches: int, save_every: int) -> None:
             handler.fit(train, validation, epochs=epochs, train_step=loss_of)
         except KeyboardInterrupt:
             sys.exit("\nInterrupted. Run the same command again, and it continues where it was.")
-    _report(console, folder)
+    return handler
 
 
 def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -126,6 +149,27 @@ def _where_it_continues(handler: Handler, epochs: int) -> str:
         f"Continuing in epoch {handler.epoch + 1} after {handler.global_step} batches: "
         "the result will be the same as without the interruption."
     )
+
+
+def _facts(handler: Handler, folder: str) -> dict[str, Any]:
+    checkpoints = [
+        {
+            "path": file.path,
+            "epoch": file.manifest.epoch,
+            "global_step": file.manifest.global_step,
+            "logs": file.manifest.logs,
+            "size": file.manifest.size,
+        }
+        for file in CheckpointFolder(folder)
+    ]
+    return {
+        "folder": folder,
+        "resumed": handler.resumed,
+        "epoch": handler.epoch,
+        "global_step": handler.global_step,
+        "cost": dataclasses.asdict(handler.checkpoint_stats()),
+        "checkpoints": checkpoints,
+    }
 
 
 def _report(console: Console, folder: str) -> None:
