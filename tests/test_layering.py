@@ -152,6 +152,8 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.callback",
     },
     "trainbus.testing": {"trainbus.testing."},
+    "trainbus.cli.report.": {"trainbus", "trainbus.", "trainbus_callbacks.history_file"},
+    "trainbus.cli.report": {"trainbus.", "trainbus_callbacks.history_file"},
     "trainbus.cli.": {"trainbus.", "trainbus_callbacks"},
     "trainbus.cli": {"trainbus.errors", "trainbus.cli.app"},
     "trainbus_callbacks.": {*PUBLIC, "trainbus_callbacks."},
@@ -172,6 +174,7 @@ NO_TORCH = [
     "trainbus.checkpoint.outline",
     "trainbus.checkpoint.background_writer",
     "trainbus.cli.ls",
+    "trainbus.cli.report",
     "trainbus.cli.show",
     "trainbus_callbacks",
 ]

@@ -6,7 +6,7 @@ import errno
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from trainbus.checkpoint.file_format import Manifest, ends_in_manifest, open_regular, read_manifest
@@ -62,7 +62,12 @@ class CheckpointFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.expanduser(os.fspath(path))
-        self._warned: set[str] = set()
+        self._damaged: dict[str, str] = {}
+
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        """What was said, by path, of the damaged files that were passed over so far."""
+        return self._damaged
 
     def __iter__(self) -> Iterator[CheckpointFile]:
         files = []
@@ -104,8 +109,8 @@ class CheckpointFolder:
         except FileNotFoundError:
             return None
         except (CheckpointCorruptError, OSError) as error:
-            if path not in self._warned and not _is_foreign(path):
-                self._warned.add(path)
+            if path not in self._damaged and not _is_foreign(path):
+                self._damaged[path] = str(error)
                 _log.warning("Passing over a checkpoint: %s", error)
             return None
 

@@ -127,3 +127,23 @@ def bench(
 
     load = Load(size, tensors, step_ms / 1000, chosen_device(device))
     run(folder, load, rounds, every, as_json=as_json)
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(help="The folder of checkpoints.")] = ".",
+    output: Annotated[str, typer.Option("-o", "--output", help="The page.")] = "report.html",
+    history: Annotated[
+        str | None, typer.Option(help="What History wrote. Default: history.jsonl in the folder.")
+    ] = None,
+    monitor: Annotated[str | None, typer.Option(help="The metric by which one is the best.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="Whether less or more of it is better: min or max.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the page is made from.")] = False,
+) -> None:
+    """Draw the newest run of a folder: metrics, checkpoints, what they cost. Needs the extra "report"."""
+    from trainbus.cli.report import run
+
+    run(folder, output, history, monitor, mode, force=force, as_json=as_json)

@@ -188,6 +188,7 @@ def _report(console: Console, folder: str) -> None:
     console.print(
         "\nNext: kill it in the middle and run it again, "
         f"train on with [bold]trainbus demo {folder} --epochs 6[/],\n"
+        f"look at the run with [bold]trainbus report {folder} -o report.html[/],\n"
         f'or open a file without trainbus: [bold]python -c "import torch; '
         f"print(torch.load('{os.path.join(folder, 'best.pt')}', weights_only=True).keys())\"[/]",
         highlight=False,

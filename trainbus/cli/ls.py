@@ -17,7 +17,7 @@ from rich.table import Table
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder, best_of, latest_of
 from trainbus.cli.text import printable
 
-__all__ = ["run"]
+__all__ = ["judged_by", "run"]
 
 MOST_ROWS_OF_A_TABLE = 100
 _COLUMNS = ("file", "epoch", "step", "metrics", "size", "age", "")
@@ -44,7 +44,8 @@ def run(folder: str, monitor: str | None, mode: str | None, *, as_json: bool) ->
         what = "is a file: try `trainbus verify`" if os.path.exists(folder) else "does not exist"
         raise typer.BadParameter(f"{folder!r} {what}. `ls` takes a folder.")
     files = list(CheckpointFolder(folder))
-    best, newest = _best(files, monitor, mode), latest_of(files)
+    by = judged_by(files, monitor, mode)
+    best, newest = best_of(files, *by) if by is not None else None, latest_of(files)
     marks: dict[str, str] = {}
     if newest is not None:
         marks[newest.path] = "newest"
@@ -59,7 +60,20 @@ def run(folder: str, monitor: str | None, mode: str | None, *, as_json: bool) ->
     _print(rows, folder)
 
 
-def _best(files: Sequence[CheckpointFile], monitor: str | None, mode: str | None) -> CheckpointFile | None:
+def judged_by(
+    files: Sequence[CheckpointFile], monitor: str | None, mode: str | None
+) -> tuple[str, str] | None:
+    """
+    Return by which metric and mode one of *files* is the best, or None if they were judged by nothing.
+
+    Args:
+        files: Of one folder, in order of saving.
+        monitor: The metric; None: the one that the newest was judged by.
+        mode: ``"min"`` or ``"max"``; None: as the newest has it.
+
+    Raises:
+        typer.BadParameter: No file says which *mode* is meant.
+    """
     judged = [file.manifest for file in files if monitor in (None, file.manifest.monitor)]
     latest = next((one for one in reversed(judged) if one.monitor is not None), None)
     monitor = monitor or (latest.monitor if latest is not None else None)
@@ -71,7 +85,7 @@ def _best(files: Sequence[CheckpointFile], monitor: str | None, mode: str | None
             f"no file here was judged by {monitor!r}, so nobody knows whether less or more of it is better, "
             "and --mode must say it: min or max."
         )
-    return best_of(files, monitor, mode)
+    return monitor, mode
 
 
 def _facts(file: CheckpointFile, mark: str) -> dict[str, Any]:
