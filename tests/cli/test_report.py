@@ -310,6 +310,8 @@ class TestPage:
         assert "<img" not in rest and "<b>" not in rest and "<script>x" not in rest
         assert rest.count("<script") == rest.count("</script") == 3
         assert "&lt;img src=x" in rest
+        # In the charts' data too, where Plotly would take it for layout.
+        assert "\\u003cimg" not in rest
 
     def test_names_that_are_none(self, folder, tmp_path):
         """A history whose files and metrics have impossible names is shown all the same."""
