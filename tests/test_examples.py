@@ -13,6 +13,7 @@ EXAMPLES = {path.name: path for path in sorted((Path(__file__).parent.parent / "
 # What of its length each takes: as long as by default, and a first part of it that a restart continues.
 LENGTHS = {
     "accumulation.py": ("4", "2"),
+    "ema.py": ("4", "2"),
     "fit.py": ("4", "2"),
     "gan.py": ("4", "2"),
     "mixed_precision.py": ("4", "2"),
