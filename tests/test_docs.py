@@ -1,23 +1,96 @@
-"""Every Python block of the README and the docs runs, page by page, as it is printed."""
+"""Every block of the README and the docs runs, page by page, as it is printed."""
 
 from __future__ import annotations
 
+import doctest
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^```(?P<fence>\{code-block\} )?(?P<language>python|console)\n(?P<text>.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
+OPTIONS = re.compile(r"(:[a-z-]+:.*\n)+\n?")
+FILE_NAME = re.compile(r"# (\w+\.py)\n")  # first line of a block that is a file of its own
+COMMAND = re.compile(r"^\$ (?P<command>.*)\n(?P<output>(?:(?!\$ ).*\n)*)", re.MULTILINE)
+SHIMS = {
+    "python": f'exec "{sys.executable}" "$@"',
+    "trainbus": f'exec "{sys.executable}" -c "from trainbus.cli import main; main()" "$@"',
+}
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """Return a function that runs a command as a user would type it; `python` and `trainbus` are ours."""
+    monkeypatch.chdir(tmp_path)
+    programs = tmp_path / ".bin"
+    programs.mkdir()
+    for name, line in SHIMS.items():
+        (programs / name).write_text(f"#!/bin/bash\n{line}\n")
+        (programs / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "100",
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def run(command: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120
+        )
+        return done.stdout + done.stderr
+
+    run.environment = environment
+    return run
+
+
+def blocks_of(page: Path):
+    """Give language, line and text of each block that is run."""
+    whole = page.read_text()
+    for match in BLOCK.finditer(whole):
+        text, line = match["text"], whole[: match.start("text")].count("\n")
+        if match["fence"]:
+            options = OPTIONS.match(text)
+            line += options[0].count("\n") if options else 0
+            text = text[options.end() :] if options else text
+        yield match["language"], line, text
+
+
+def run_commands(page: Path, line: int, text: str, shell) -> None:
+    """Run each command; what it prints is compared, where ``...`` stands for anything."""
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    for match in COMMAND.finditer(text):
+        said = shell(match["command"])
+        assert doctest.OutputChecker().check_output(match["output"], said, flags), (
+            f"{page.name}, line {line + 1}: $ {match['command']}\nprinted\n{said}\nand not\n{match['output']}"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_run(page, tmp_path, monkeypatch):
-    """The blocks of a page run one after the other in one session."""
-    text = page.read_text()
-    monkeypatch.chdir(tmp_path)
+def test_blocks_run(page, shell):
+    """
+    The blocks of a page run one after the other: Python in one session, commands in its folder.
+
+    A Python block whose first line is ``# name.py`` becomes that file, which a command runs.
+    """
     session: dict[str, object] = {"__name__": "__main__"}
-    for match in BLOCK.finditer(text):
-        line = text[: match.start(1)].count("\n")
-        exec(compile("\n" * line + match[1], str(page), "exec"), session)
+    blocks = list(blocks_of(page))
+    for number, (language, line, text) in enumerate(blocks):
+        if language == "console":
+            run_commands(page, line, text, shell)
+        elif name := FILE_NAME.match(text):
+            Path(name[1]).write_text(text)
+            assert any(name[1] in later for kind, _, later in blocks[number:] if kind == "console"), (
+                f"nothing runs {name[1]} of {page.name}"
+            )
+        else:
+            exec(compile("\n" * line + text, str(page), "exec"), session)
