@@ -10,20 +10,30 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
-    r"^```(?P<fence>\{code-block\} )?(?P<language>python|console)\n(?P<text>.*?)^```",
+    r"^```(?P<fence>\{code-block\} )?(?P<language>python|console|bash)\n(?P<text>.*?)^```",
     re.MULTILINE | re.DOTALL,
 )
 OPTIONS = re.compile(r"(:[a-z-]+:.*\n)+\n?")
-FILE_NAME = re.compile(r"# (\w+\.py)\n")  # first line of a block that is a file of its own
+FILE_NAME = re.compile(r"(?:#!.*\n)?# (\w+\.(?:py|sh))\n")  # begins a block that is a file of its own
 COMMAND = re.compile(r"^\$ (?P<command>.*)\n(?P<output>(?:(?!\$ ).*\n)*)", re.MULTILINE)
 SHIMS = {
     "python": f'exec "{sys.executable}" "$@"',
     "trainbus": f'exec "{sys.executable}" -c "from trainbus.cli import main; main()" "$@"',
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models of these sizes gain nothing from more, and lose much where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -44,12 +54,11 @@ def shell(tmp_path, monkeypatch):
     }
 
     def run(command: str) -> str:
-        done = subprocess.run(
-            ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120
-        )
+        # timeout ends all that the command has started, not the shell alone.
+        whole = ["timeout", "--kill-after=1", "120", "bash", "-c", command]
+        done = subprocess.run(whole, env=environment, capture_output=True, text=True)
         return done.stdout + done.stderr
 
-    run.environment = environment
     return run
 
 
@@ -80,17 +89,17 @@ def test_blocks_run(page, shell):
     """
     The blocks of a page run one after the other: Python in one session, commands in its folder.
 
-    A Python block whose first line is ``# name.py`` becomes that file, which a command runs.
+    A block that begins with ``# name.py`` or ``# name.sh`` becomes that file, which a later one runs.
     """
     session: dict[str, object] = {"__name__": "__main__"}
     blocks = list(blocks_of(page))
     for number, (language, line, text) in enumerate(blocks):
-        if language == "console":
-            run_commands(page, line, text, shell)
-        elif name := FILE_NAME.match(text):
+        if name := FILE_NAME.match(text):
             Path(name[1]).write_text(text)
-            assert any(name[1] in later for kind, _, later in blocks[number:] if kind == "console"), (
+            assert any(name[1] in later for _, _, later in blocks[number + 1 :]), (
                 f"nothing runs {name[1]} of {page.name}"
             )
-        else:
+        elif language == "console":
+            run_commands(page, line, text, shell)
+        elif language == "python":
             exec(compile("\n" * line + text, str(page), "exec"), session)

@@ -23,9 +23,7 @@ train_loader = DataLoader(TensorDataset(inputs[:256], targets[:256]), batch_size
 val_loader = DataLoader(TensorDataset(inputs[256:], targets[256:]), batch_size=64)
 
 model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
-optimizer = torch.optim.AdamW(
-    model.parameters(), lr=0.05
-)  # large: the weights jump about, their average does not
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)  # large: the weights jump about
 
 
 def report(epoch, logs):
