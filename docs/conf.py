@@ -22,6 +22,8 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["trainbus.css"]
 html_title = f"trainbus {version}"
 html_show_copyright = False
 html_show_sphinx = False

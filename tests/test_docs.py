@@ -20,7 +20,7 @@ BLOCK = re.compile(
 )
 OPTIONS = re.compile(r"(:[a-z-]+:.*\n)+\n?")
 FILE_NAME = re.compile(r"(?:#!.*\n)?# (\w+\.(?:py|sh))\n")  # begins a block that is a file of its own
-COMMAND = re.compile(r"^\$ (?P<command>.*)\n(?P<output>(?:(?!\$ ).*\n)*)", re.MULTILINE)
+COMMAND = re.compile(r"^\$ (?P<command>(?:.*\\\n)*.*)\n(?P<output>(?:(?!\$ ).*\n)*)", re.MULTILINE)
 SHIMS = {
     "python": f'exec "{sys.executable}" "$@"',
     "trainbus": f'exec "{sys.executable}" -c "from trainbus.cli import main; main()" "$@"',
