@@ -187,7 +187,7 @@ class ModelCheckpoint(Callback):
         if not self._due:
             return
         self._due = False
-        if not waited and self._has_just_saved(global_step):
+        if not waited and self._has_just_saved(epoch, global_step):
             return
         expects = self.save_best_only or self._trigger.at_epoch_ends
         self._consider(handler, epoch, batch, global_step, logs, expects_metric=expects)
@@ -267,12 +267,14 @@ class ModelCheckpoint(Callback):
             self._due = self._was_due = True
             self._last_due = time.monotonic()
 
-    def _has_just_saved(self, global_step: int) -> bool:
+    def _has_just_saved(self, epoch: int, global_step: int) -> bool:
         """Whether the last batch of an epoch was saved already, and the epoch's metrics change nothing."""
+        last = self._ledger.expected
         return (
             self._trigger.within_epochs
             and self.monitor is None
-            and self._ledger.expected.last_step_saved == global_step
+            # Both: a loop that emits epochs alone stays at step 0.
+            and (last.last_epoch_saved, last.last_step_saved) == (epoch, global_step)
         )
 
     def _consider(
