@@ -536,6 +536,14 @@ MISTAKES = [
         "Reduce it first, e.g. with .mean()",
     ),
     (
+        "run = handler(); run.on('epoch_end', lambda logs: logs.__setitem__('f1', 1)); run.emit('epoch_end')",
+        TypeError,
+        "Cannot set logs['f1']",
+        "those of all receivers",
+        "read-only",
+        "handler.log(name=value)",
+    ),
+    (
         "run = handler(); run.close(); run.save('a.pt')",
         HandlerClosedError,
         "Cannot save",
@@ -752,6 +760,17 @@ class TestSaidInTheLog:
         assert [record.getMessage() for record in caplog.records] == [
             f"val_loss is {value}, which never counts as best."
         ]
+
+    def test_a_folder_with_weights_only(self, caplog):
+        """A run that cannot resume because the files hold no more than weights is told so."""
+        with handler() as run:
+            run.save("run/best.pt", weights_only=True)
+        with handler() as run:
+            assert run.resume("run") is None
+
+        (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert message.startswith("Not resumed: 'run' holds files of weights only, and the run begins anew.")
+        assert "handler.load('run/best.pt')" in message and "save_weights_only=False" in message
 
     def test_a_callback_that_is_not_there_any_more(self, caplog):
         """The state of a callback that the resumed run has not is named."""

@@ -91,7 +91,9 @@ class TestLogs:
 
     def test_is_read_only(self):
         """A receiver cannot change what the others see."""
-        with pytest.raises(TypeError, match="does not support item assignment"):
+        with pytest.raises(
+            TypeError, match=r"Cannot set logs\['loss'\]: .* read-only. Record a metric with handler.log"
+        ):
             Logs({"loss": 1.0})["loss"] = 2.0
 
 

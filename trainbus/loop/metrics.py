@@ -80,6 +80,12 @@ class Logs(Mapping[str, Any]):
             value = self._values[name] = value.item()
         return value
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError(
+            f"Cannot set logs[{name!r}]: the logs are those of all receivers, and read-only. "
+            "Record a metric with handler.log(name=value), which those after you will find here."
+        )
+
     def __contains__(self, name: object) -> bool:
         return name in self._values
 
