@@ -133,6 +133,29 @@ class TestMetric:
         with pytest.warns(RuntimeWarning, match=r"takes 'min' for 'val_f1' .*mode='min' or mode='max'"):
             best_only(monitor="val_f1")
 
+    def test_each_tiny_improvement_writes_a_file(self):
+        """What is too small to count is rounded away by a metric of one's own."""
+        with Handler(torch.nn.Linear(1, 1)) as handler:
+            handler.on("epoch_end", lambda logs, handler: handler.log(rounded=round(logs["val_loss"], 1)))
+            handler.add_callback(best_only("{epoch}.pt", monitor="rounded", mode="min"))
+            for epoch in handler.epochs(4):
+                handler.log(val_loss=[0.51, 0.50, 0.49, 0.42][epoch])
+
+        assert sorted(os.listdir()) == ["1.pt", "4.pt"]
+
+    def test_the_first_epochs_should_not_count(self):
+        """A callback that is added later judges from then on, also in a run that is resumed."""
+        for epochs in (3, 5):
+            with Handler(torch.nn.Linear(1, 1)) as handler:
+                handler.add_callback(ModelCheckpoint("last.pt"))
+                handler.resume(".")
+                handler.on(
+                    "epoch_begin", lambda handler: handler.add_callback(best_only()), after=2, once=True
+                )
+                for epoch in handler.epochs(epochs):
+                    handler.log(val_loss=[0.1, 0.9, 0.5, 0.6, 0.4][epoch])
+                assert best_of() == min([0.5, 0.6, 0.4][: epochs - 2])
+
     def test_two_metrics_share_one_best(self, train):
         """Two callbacks that watch two metrics have a best of their own, also after a restart."""
         with Handler(torch.nn.Linear(1, 1)) as handler:

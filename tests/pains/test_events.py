@@ -13,7 +13,7 @@ import trainbus
 from trainbus import Callback, EventBus, Handler
 from trainbus.errors import SubscriptionError, UnknownEventError
 from trainbus.testing import EventRecorder, FakeHandler, FaultyDisk, emit_run
-from trainbus_callbacks import ModelCheckpoint
+from trainbus_callbacks import KeepLast, ModelCheckpoint
 
 
 class TestSubscribing:
@@ -140,6 +140,21 @@ class TestSaved:
         train([0.5, 0.4], ModelCheckpoint("{epoch}.pt"), Upload())
 
         assert uploaded == [True, True]
+
+    def test_a_mirror_keeps_what_was_removed(self, train):
+        """checkpoint_removed tells which file retention took away, so a copy elsewhere can follow."""
+        mirror = set()
+
+        class Mirror(Callback):
+            def on_checkpoint_saved(self, path):
+                mirror.add(path)
+
+            def on_checkpoint_removed(self, path):
+                mirror.discard(os.path.relpath(path))
+
+        train([0.5, 0.4, 0.3, 0.2], ModelCheckpoint("{epoch}.pt", keep=KeepLast(2)), Mirror())
+
+        assert mirror == set(os.listdir()) == {"3.pt", "4.pt"}
 
     def test_nobody_is_told_of_a_save_that_failed(self):
         """checkpoint_failed says which file, and why."""

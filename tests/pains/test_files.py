@@ -75,3 +75,16 @@ class TestOpening:
         """A value that could not be loaded again is refused when it is saved, with the remedy."""
         with pytest.raises(trainbus.UnsavableStateError, match=r"state\['best'\]: .*store dict\(value\)"):
             trainbus.save({"best": collections.defaultdict(float)}, "a.pt")
+
+    def test_nobody_can_say_where_two_files_differ(self, train, capsys):
+        """`trainbus diff` names each place in which two checkpoints differ, and by how much."""
+        app = pytest.importorskip("trainbus.cli.app").app
+        train([0.5, 0.4], ModelCheckpoint("{epoch}.pt"))
+
+        with pytest.raises(SystemExit) as info:
+            app(["diff", "1.pt", "2.pt"])
+
+        said = capsys.readouterr().out
+        assert info.value.code == 1
+        assert "module.weight  differs in 1 values" in said
+        assert "progress.epoch  value: 1 in A, 2 in B" in said

@@ -195,6 +195,25 @@ class TestWhatIsRestored:
         (state,) = trainbus.load("best.pt")["callbacks"].values()
         assert (state["best_score"], state["best_path"]) == (0.5, "best.pt")
 
+    def test_a_model_that_is_built_by_its_first_batch_cannot_be_restored(self):
+        """Layers that know their size only after a batch are restored before it, and go on exactly."""
+        weights = []
+        for epochs in (1, 2):
+            model = torch.nn.LazyLinear(1)
+            with Handler(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1)) as handler:
+                if handler.resume(".") is None:
+                    model(torch.ones(1, 3))
+                else:
+                    assert torch.equal(model.weight, weights[0])
+                handler.add_callback(ModelCheckpoint("last.pt"))
+                for _ in handler.epochs(epochs):
+                    optimizer.zero_grad()
+                    model(torch.ones(1, 3)).sum().backward()
+                    optimizer.step()
+            weights.append(model.weight.detach().clone())
+
+        assert torch.allclose(weights[0] - weights[1], torch.full((1, 3), 0.1))
+
     def test_the_gradient_scaler_begins_anew(self):
         """The scale of mixed precision goes on where it was."""
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

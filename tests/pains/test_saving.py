@@ -15,7 +15,7 @@ from trainbus import CheckpointFolder, Handler
 from trainbus.checkpoint import write_job
 from trainbus.errors import CheckpointWriteError, UnsavableStateError
 from trainbus.testing import FaultyDisk
-from trainbus_callbacks import ModelCheckpoint
+from trainbus_callbacks import Every, ModelCheckpoint, SaveOnRequest
 
 
 def weight(path):
@@ -158,6 +158,36 @@ class TestDisk:
             os.umask(mask)
 
         assert os.stat("a.pt").st_mode & 0o777 == 0o644
+
+
+class TestWhen:
+    def test_every_few_epochs_cannot_be_asked_for(self, train):
+        """Every so many epochs, steps or minutes, or whichever of them comes first."""
+        train([0.5] * 7, ModelCheckpoint("{epoch}.pt", save_freq=Every(epochs=3) | Every(minutes=1000)))
+
+        assert sorted(os.listdir()) == ["3.pt", "6.pt"]
+
+    def test_a_run_that_goes_on_cannot_be_asked_for_a_save(self):
+        """Whoever touches a file gets a checkpoint of this moment, and training goes on."""
+        with Handler(torch.nn.Linear(1, 1)) as handler:
+            handler.add_callback(SaveOnRequest("asked_{global_step}.pt", seconds_between_looks=0))
+            for _ in handler.epochs(1):
+                for batch in handler.batches(range(9)):
+                    if batch == 4:
+                        with open("save-now", "w"):
+                            pass
+
+        assert (os.listdir(), handler.global_step) == (["asked_5.pt"], 9)
+
+    def test_saving_after_a_validation_is_refused(self):
+        """A save may be asked for at any event, also at the end of a validation."""
+        with Handler(torch.nn.Linear(1, 1)) as handler:
+            handler.on("val_end", lambda handler, epoch: handler.save_async(f"{epoch}.pt"))
+            for _ in handler.epochs(2):
+                for _ in handler.val_batches(range(2)):
+                    pass
+
+        assert [file.manifest.epoch for file in CheckpointFolder(".")] == [0, 1]
 
 
 class TestLast:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 
 import pytest
+import torch
 
+from trainbus import Handler, read_manifest
 from trainbus.testing import FakeHandler, emit_run
-from trainbus_callbacks import CSVLogger, EarlyStopping, ModelCheckpoint, TerminateOnNaN
+from trainbus_callbacks import (
+    CSVLogger,
+    EarlyStopping,
+    ModelCheckpoint,
+    OnException,
+    Preemption,
+    TerminateOnNaN,
+)
 
 LOSSES = [0.5, 0.6, 0.7, 0.4, 0.3]
 
@@ -45,6 +56,71 @@ class TestEarlyStopping:
         emit_run(handler.bus, epochs=9, logs={"val_loss": [0.1, 0.9, 0.9, 0.9, 0.8, 0.9, 0.9, 0.9, 0.9]})
 
         assert handler.epoch == 5
+
+
+class TestSignals:
+    def test_sigterm_ends_the_process_and_saves_nothing(self, in_process):
+        """A process that is told to go saves where it stands, and ends as if its training had ended."""
+
+        def script():
+            with Handler(torch.nn.Linear(1, 1)) as handler:
+                handler.add_callback(Preemption("preempted.pt"))
+                for _ in handler.epochs(9):
+                    for batch in handler.batches(range(9)):
+                        if (handler.epoch, batch) == (1, 4):
+                            os.kill(os.getpid(), signal.SIGTERM)
+
+        assert in_process(script) == 0
+        assert read_manifest("preempted.pt").global_step == 9 + 5
+
+    def test_the_signal_saves_in_the_middle_of_a_step(self):
+        """A signal sets a flag only: what is saved is the state at the end of the batch."""
+        module = torch.nn.Linear(2, 1, bias=False)
+
+        class HalfWay(torch.optim.SGD):
+            def step(self, closure=None):
+                with torch.no_grad():
+                    module.weight[0, 0] = 1.0
+                    signal.raise_signal(signal.SIGTERM)
+                    module.weight[0, 1] = 1.0
+
+        with Handler(module, optimizer := HalfWay(module.parameters())) as handler:
+            handler.add_callback(Preemption("preempted.pt"))
+            for _ in handler.epochs(1):
+                for _ in handler.batches(range(3)):
+                    torch.nn.init.zeros_(module.weight)
+                    optimizer.step()
+
+        state = torch.load("preempted.pt", weights_only=True)
+        assert state["module"]["weight"].tolist() == [[1.0, 1.0]]
+        assert handler.global_step == 1
+
+    def test_a_signal_during_validation_is_missed(self):
+        """A signal that comes amid a validation is acted on at the end of that validation batch."""
+        seen = []
+        with Handler(torch.nn.Linear(1, 1)) as handler:
+            handler.add_callback(Preemption("preempted.pt"))
+            for _ in handler.epochs(1):
+                for batch in handler.val_batches(range(100)):
+                    seen.append(batch)
+                    if batch == 3:
+                        signal.raise_signal(signal.SIGTERM)
+
+        assert seen == [0, 1, 2, 3]
+        assert os.path.exists("preempted.pt")
+
+    def test_ctrl_c_loses_what_was_trained_since_the_last_checkpoint(self):
+        """What Ctrl-C interrupts can be continued at the beginning of that batch."""
+        with pytest.raises(KeyboardInterrupt):
+            with Handler(torch.nn.Linear(1, 1)) as handler:
+                handler.add_callback(OnException("interrupted.pt"))
+                for _ in handler.epochs(1):
+                    for batch in handler.batches(range(9)):
+                        if batch == 5:
+                            raise KeyboardInterrupt
+
+        with Handler(torch.nn.Linear(1, 1)) as handler:
+            assert handler.resume(".", interrupted=True).global_step == 5
 
 
 class TestNaN:
