@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import os
 import re
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import trainbus
+from trainbus import events
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -103,3 +107,36 @@ def test_blocks_run(page, shell):
             run_commands(page, line, text, shell)
         elif language == "python":
             exec(compile("\n" * line + text, str(page), "exec"), session)
+
+
+class TestReference:
+    def test_the_command_line_page_names_each_option(self):
+        """Each command has a section, and each option of it is named there or at the top."""
+        typer = pytest.importorskip("typer")
+        app = pytest.importorskip("trainbus.cli.app").app
+        top, *rest = re.split(
+            r"^## ", (ROOT / "docs/reference/command-line.md").read_text(), flags=re.MULTILINE
+        )
+        sections = {name: text for name, _, text in (section.partition("\n") for section in rest)}
+        for name, command in typer.main.get_command(app).commands.items():
+            assert f"`{name}" in top and name in sections
+            for option in command.params:
+                if option.param_type_name == "option":
+                    assert any(written in top + sections[name] for written in option.opts), (
+                        name,
+                        option.opts,
+                    )
+
+    def test_the_events_page_has_the_pseudocode_of_the_catalogue(self):
+        """The loop on the page of events is the one in the code, which names each event."""
+        (drawn,) = re.findall(
+            r"\.\. code-block:: text\n\n(.*?)\n\nEvery event", inspect.getdoc(events) or "", flags=re.DOTALL
+        )
+        page = (ROOT / "docs/reference/events.md").read_text()
+        assert f"```text\n{inspect.cleandoc(drawn)}\n```" in page
+        assert all(re.search(rf"\b{name}\b", drawn) for name in events.EVENTS)
+
+    def test_the_api_page_has_each_public_name(self):
+        """What `import trainbus` gives is on the page of its API."""
+        page = (ROOT / "docs/reference/api.md").read_text()
+        assert [n for n in trainbus.__all__ if n != "__version__" and not re.search(rf"\b{n}\b", page)] == []
