@@ -427,6 +427,24 @@ class TestLoad:
         other.load(tmp_path / "a.pt", strict=False)
         assert torch.equal(other.module.weight, model.weight)
 
+    def test_names_what_is_left_out(self, tmp_path, caplog):
+        """Names that a module or its file alone has are told with strict=False, and the rest is loaded."""
+        with Handler(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1, bias=False))) as handler:
+            handler.save(tmp_path / "a.pt", weights_only=True)
+        other = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.PReLU())
+        with Handler(other) as run:
+            run.load(tmp_path / "a.pt", strict=False)
+
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "Not loaded into module: 1.bias, 2.weight, which the file has not."
+        ]
+        caplog.clear()
+        torch.save(other.state_dict(), tmp_path / "b.pt")
+        with Handler(nn.Sequential(nn.Linear(1, 1))) as run:
+            run.load(tmp_path / "b.pt", strict=False)
+        assert "into module: 1.weight, 1.bias, 2.weight, which the run has not." in caplog.text
+        assert torch.equal(other[0].weight, handler.module[0].weight)
+
     def test_refuses_other_names(self, tmp_path):
         """Names of extra objects must agree; the nearest is named."""
         with make(extra={"counter": Counter()}) as handler:

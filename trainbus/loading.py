@@ -75,7 +75,16 @@ def resumable_files(folder: str | os.PathLike[str], *, interrupted: bool = False
         interrupted: Those that were saved amid a batch too; else newer ones of them are told of in the log.
     """
     finish_saves(folder)
-    full = [file for file in reversed(list(CheckpointFolder(folder))) if file.manifest.contents == "state"]
+    files = list(reversed(list(CheckpointFolder(folder))))
+    full = [file for file in files if file.manifest.contents == "state"]
+    weights = [file for file in files if file.manifest.contents == "weights"]
+    if weights and not full:
+        logger.warning(
+            "Not resumed: %r holds files of weights only, and the run begins anew. To begin it with the "
+            "newest of them, call handler.load(%r). Save with save_weights_only=False to resume.",
+            os.fspath(folder),
+            weights[0].path,
+        )
     if interrupted:
         return full
     newer = list(itertools.takewhile(lambda file: file.manifest.interrupted, full))
@@ -110,20 +119,7 @@ def load_newest(
         place = f"epoch {file.manifest.epoch + 1}, global step {file.manifest.global_step}"
         logger.info("resumed from %s: %s", file.path, place)
         return manifest
-    if not files:
-        _warn_of_weights_only(folder)
     return None
-
-
-def _warn_of_weights_only(folder: str | os.PathLike[str]) -> None:
-    weights = [file for file in CheckpointFolder(folder) if file.manifest.contents == "weights"]
-    if weights:
-        logger.warning(
-            "Not resumed: %r holds files of weights only, and the run begins anew. To begin it with the "
-            "newest of them, call handler.load(%r). Save with save_weights_only=False to resume.",
-            os.fspath(folder),
-            weights[-1].path,
-        )
 
 
 def _is_full_state(state: Any, manifest: Manifest | None) -> bool:

@@ -132,12 +132,18 @@ def _load(key: str, mine: Any, saved: Any, **options: Any) -> None:
     if isinstance(mine, torch.amp.GradScaler):
         saved = scaler_numbers(saved)
     try:
-        mine.load_state_dict(saved, **options)
+        left_out = mine.load_state_dict(saved, **options)
     except (RuntimeError, ValueError, KeyError) as error:
         raise StateMismatchError(
             f"Cannot load {key} into {type(mine).__name__}: {error}. What comes before it in the file "
             "is loaded. Make the object as it was when the file was written, or load less with only=(...)."
         ) from error
+    for side, names in (("file", "missing_keys"), ("run", "unexpected_keys")):
+        # Of a torch.nn.Module alone, and empty unless strict=False.
+        if lacking := getattr(left_out, names, None):
+            more = f" and {len(lacking) - 5} more" if lacking[5:] else ""
+            named = ", ".join(lacking[:5]) + more
+            logger.warning("Not loaded into %s: %s, which the %s has not.", key, named, side)
 
 
 def _loads_of_each(
