@@ -109,6 +109,13 @@ def test_blocks_run(page, shell):
             exec(compile("\n" * line + text, str(page), "exec"), session)
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    """The pages that Sphinx does not read have no link to a file that is not there."""
+    links = re.findall(r"(?<!!)\[[^]]+\]\(([^)#]+)", (ROOT / page).read_text())
+    assert [link for link in links if "://" not in link and not (ROOT / link).is_file()] == []
+
+
 class TestReference:
     def test_the_command_line_page_names_each_option(self):
         """Each command has a section, and each option of it is named there or at the top."""
