@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from trainbus.bus import Subscription as Subscription
     from trainbus.callback import Callback as Callback
     from trainbus.checkpoint.file_format import Manifest as Manifest
-    from trainbus.checkpoint.file_format import read_manifest as read_manifest
     from trainbus.checkpoint.folder import CheckpointFile as CheckpointFile
     from trainbus.checkpoint.folder import CheckpointFolder as CheckpointFolder
     from trainbus.checkpoint.pending_save import PendingSave as PendingSave
+    from trainbus.checkpoint.sharded_format import read_manifest as read_manifest
     from trainbus.errors import CheckpointCorruptError as CheckpointCorruptError
     from trainbus.errors import CheckpointError as CheckpointError
     from trainbus.errors import CheckpointLockedError as CheckpointLockedError
     from trainbus.errors import CheckpointSkipped as CheckpointSkipped
     from trainbus.errors import CheckpointWriteError as CheckpointWriteError
+    from trainbus.errors import RankFailedError as RankFailedError
     from trainbus.errors import SnapshotChangedError as SnapshotChangedError
     from trainbus.errors import TrainbusError as TrainbusError
     from trainbus.errors import UnsavableStateError as UnsavableStateError
@@ -49,13 +50,14 @@ _HOME = {
     "Handler": "handler",
     "Manifest": "checkpoint.file_format",
     "PendingSave": "checkpoint.pending_save",
+    "RankFailedError": "errors",
     "SnapshotChangedError": "errors",
     "Subscription": "bus",
     "TrainbusError": "errors",
     "UnsavableStateError": "errors",
     "UntrustedPickleError": "errors",
     "load": "save_load",
-    "read_manifest": "checkpoint.file_format",
+    "read_manifest": "checkpoint.sharded_format",
     "save": "save_load",
     "save_async": "save_load",
     "verify": "save_load",

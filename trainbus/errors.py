@@ -19,6 +19,7 @@ __all__ = [
     "HandlerClosedError",
     "MissingExtraError",
     "PayloadError",
+    "RankFailedError",
     "SnapshotChangedError",
     "StateMismatchError",
     "SubscriptionError",
@@ -96,6 +97,22 @@ class CheckpointError(TrainbusError):
 
 class UnsyncedNameError(TrainbusError, OSError):
     """A file is written and in its place, and the folder could not be synced: a power cut may undo that."""
+
+
+class RankFailedError(TrainbusError, RuntimeError):
+    """
+    What several ranks did together failed on one of them; the same error is raised on all.
+
+    Attributes:
+        rank: The lowest one it failed on, or None where the ranks lost touch with each other.
+        errno: The operating system's number, or None.
+    """
+
+    def __init__(self, rank: int | None, reason: str, errno: int | None = None) -> None:
+        self.rank = rank
+        self.errno = errno
+        where = "the ranks did not do it together" if rank is None else f"it failed on rank {rank}"
+        super().__init__(f"{where}: {reason}")
 
 
 class CheckpointLockedError(CheckpointError, BlockingIOError):

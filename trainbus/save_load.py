@@ -13,10 +13,10 @@ import torch
 
 from trainbus.checkpoint.background_writer import finish_saves
 from trainbus.checkpoint.file_format import Manifest
-from trainbus.checkpoint.load import load_file
+from trainbus.checkpoint.load import load_checkpoint
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.saver import Saver
-from trainbus.checkpoint.verify import verify_file
+from trainbus.checkpoint.verify import verify_checkpoint
 from trainbus.state.plain_types import from_plain, to_plain
 
 __all__ = ["load", "save", "save_async", "verify", "versions"]
@@ -83,8 +83,9 @@ def load(
     Load what `save`, a `Handler` or plain ``torch.save`` wrote; first finishes a pending save of it.
 
     Args:
-        path: The file.
-        map_location: As in ``torch.load``.
+        path: The file; or the folder of a sharded checkpoint, which is loaded whole, without a process
+            group and whatever number of ranks wrote it.
+        map_location: As in ``torch.load``; for a folder, a device.
         verify: Read the file through first and compare its digest; files of plain
             ``torch.save`` carry none and are loaded without.
         trust_pickle: Allow arbitrary Python objects in the file, which can run any code while
@@ -95,22 +96,23 @@ def load(
         FileNotFoundError: If there is no such file.
     """
     finish_saves(path)
-    value, _ = load_file(path, map_location=map_location, verify=verify, trust_pickle=trust_pickle)
+    value, _ = load_checkpoint(path, map_location=map_location, verify=verify, trust_pickle=trust_pickle)
     return from_plain(value, path)
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:
     """
-    Read a file through and compare its digest; load nothing of it.
+    Read a file, or the folder of a sharded checkpoint, through and compare its digest; load nothing of it.
 
     Returns:
-        What the file says of itself.
+        What it says of itself.
 
     Raises:
-        CheckpointCorruptError: If it is damaged, or carries no digest to compare with.
+        CheckpointCorruptError: If it is damaged, or carries no digest to compare with; of a folder, the
+            damaged files are named.
         FileNotFoundError: If there is no such file.
     """
-    return verify_file(path)
+    return verify_checkpoint(path)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The order in which a file becomes durable. The only module that renames and removes."""
+"""The order in which a file becomes durable. It and `sharded_commit` alone rename and remove."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from trainbus.checkpoint.chunk_writers import CHUNK_BYTES, ChunkWriters
 from trainbus.checkpoint.disk import Disk, disk_in_use
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
+from trainbus.checkpoint.sharded_commit import remove_sharded
+from trainbus.checkpoint.sharded_format import is_sharded
 from trainbus.checkpoint.temporary import create_temporary
 from trainbus.errors import UnsyncedNameError
 
-__all__ = ["commit", "remove"]
+__all__ = ["commit", "durability_of", "remove"]
 
 _log = logging.getLogger("trainbus")
 
@@ -60,7 +62,7 @@ def commit(
     folder_path, name = _split(path)
     folder = disk.open_folder(folder_path)
     try:
-        manifest = replace(manifest, durability=_durability(disk, folder, folder_path))
+        manifest = replace(manifest, durability=durability_of(disk, folder, folder_path))
         with create_temporary(disk, folder, name) as (temporary, fd):
             final = _write(disk, fd, manifest, serialize, writers or ChunkWriters(threads=0), at_least)
             disk.rename(folder, temporary, name)
@@ -75,7 +77,7 @@ def commit(
 
 def remove(path: str | os.PathLike[str], *, disk: Disk | None = None) -> None:
     """
-    Remove a file durably; one that is not there is fine.
+    Remove a file or a sharded checkpoint's folder durably; one that is not there is fine.
 
     Raises:
         OSError: It could not be removed.
@@ -87,7 +89,10 @@ def remove(path: str | os.PathLike[str], *, disk: Disk | None = None) -> None:
     except FileNotFoundError:
         return
     try:
-        disk.unlink(folder, name)
+        if is_sharded(os.path.join(folder_path, name)):
+            remove_sharded(disk, folder, name)
+        else:
+            disk.unlink(folder, name)
         disk.fsync_folder(folder)
     except FileNotFoundError:
         pass
@@ -135,7 +140,7 @@ def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
     return folder, name
 
 
-def _durability(disk: Disk, folder: int, path: str) -> str:
+def durability_of(disk: Disk, folder: int, path: str) -> str:
     """Return what a manifest may promise here: ``"full"``, or ``"file"`` where names cannot be synced."""
     known = _SYNCS_NAMES.setdefault(disk, {})
     device = os.fstat(folder).st_dev

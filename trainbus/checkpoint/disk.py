@@ -16,6 +16,7 @@ __all__ = ["Disk", "disk_in_use", "use_disk"]
 # What file systems answer to what they cannot do at all.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY}
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE
+_RENAME_EXCHANGE = 2
 
 
 class Disk:
@@ -125,9 +126,32 @@ class Disk:
         """Put *old* in the place of *new*; a link at *new* is replaced, never followed."""
         os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)
 
+    def exchange(self, folder: int, one: str, other: str) -> bool:
+        """
+        Let two names, of files or folders, change places in one step.
+
+        Returns:
+            False where the file system or the system cannot; then nothing has changed.
+        """
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        return renameat2 is not None and _attempt(lambda: _exchange(renameat2, folder, one, other))
+
     def unlink(self, folder: int, name: str) -> None:
         """Remove a file's name."""
         os.unlink(name, dir_fd=folder)
+
+    def make_folder(self, folder: int, name: str) -> None:
+        """Make a folder that must not exist, with the mode that the umask leaves."""
+        os.mkdir(name, dir_fd=folder)
+
+    def enter_folder(self, folder: int, name: str) -> int:
+        """Open a folder inside another, never through a link. Returns its descriptor."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | _flag("O_NOFOLLOW") | os.O_CLOEXEC
+        return os.open(name, flags, dir_fd=folder)
+
+    def remove_folder(self, folder: int, name: str) -> None:
+        """Remove an empty folder."""
+        os.rmdir(name, dir_fd=folder)
 
     def fsync_folder(self, folder: int) -> bool:
         """
@@ -183,3 +207,9 @@ def _fallocate(function: Any, fd: int, size: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def _exchange(function: Any, folder: int, one: str, other: str) -> None:
+    if function(folder, os.fsencode(one), folder, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -32,9 +32,11 @@ __all__ = [
     "ends_in_manifest",
     "fit_manifest",
     "open_regular",
+    "parse_manifest",
     "read_ending",
     "read_manifest",
     "seal",
+    "seal_alone",
 ]
 
 FORMAT_VERSION = 1
@@ -152,16 +154,51 @@ def seal(
             f"Cannot add a manifest to what ends in {end_record!r}: it is no zip file with an empty "
             "comment. Write it with torch.save in its default format."
         )
-    fitted = replace(fit_manifest(manifest), size=0, digest=NO_DIGEST)
-    comment = _padded(_encode(fitted), before)
-    # The size counts its own digits. Each round can only lengthen it, so this ends.
-    while (size := before + END_RECORD_BYTES + len(comment)) != fitted.size:
-        fitted = replace(fitted, size=size)
-        comment = _padded(_encode(fitted), before)
+    fitted, comment = _sized(manifest, before + END_RECORD_BYTES, lambda text: _padded(text, before))
     record = end_record[:20] + len(comment).to_bytes(2, "little")
     hasher.update(record + comment)
     final = replace(fitted, digest=hasher.hexdigest())
     return final, record + _encode(final).ljust(len(comment))
+
+
+def seal_alone(manifest: Manifest, before: int, hasher: xxhash.xxh3_128) -> tuple[Manifest, bytes]:
+    """
+    Return the manifest with size and digest, and the content of a file of its own that holds it.
+
+    Args:
+        manifest: Its ``size`` and ``digest`` are ignored.
+        before: Bytes of all that it speaks of beside itself.
+        hasher: Has been fed what its digest is to cover beside itself; used up by this.
+    """
+    fitted, text = _sized(manifest, before, lambda text: text + b"\n")
+    hasher.update(text)
+    final = replace(fitted, digest=hasher.hexdigest())
+    return final, _encode(final) + b"\n"
+
+
+def _sized(manifest: Manifest, before: int, pad: Callable[[bytes], bytes]) -> tuple[Manifest, bytes]:
+    """Return the manifest with its size, which is its own length and *before*, and its padded text."""
+    fitted = replace(fit_manifest(manifest), size=0, digest=NO_DIGEST)
+    text = pad(_encode(fitted))
+    # The size counts its own digits. Each round can only lengthen it, so this ends.
+    while (size := before + len(text)) != fitted.size:
+        fitted = replace(fitted, size=size)
+        text = pad(_encode(fitted))
+    return fitted, text
+
+
+def parse_manifest(text: bytes, path: str | os.PathLike[str]) -> tuple[Manifest, int] | None:
+    """
+    Read a manifest that is in no zip; the digest is not checked. *path* is for the messages.
+
+    Returns:
+        It and at which byte of *text* its digest begins; None for what does not begin like one.
+
+    Raises:
+        CheckpointCorruptError: It is damaged.
+    """
+    head = _HEAD.match(text)
+    return None if head is None else (_decode(text, path), head.start("digest"))
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

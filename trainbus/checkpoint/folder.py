@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from trainbus.checkpoint.file_format import Manifest, ends_in_manifest, open_regular, read_manifest
+from trainbus.checkpoint.sharded_format import is_sharded, read_sharded
 from trainbus.errors import CheckpointCorruptError
 
 __all__ = ["CheckpointFile", "CheckpointFolder", "best_of", "latest_of", "ranked"]
@@ -20,10 +21,17 @@ _ZIP_START = b"PK\x03\x04"
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """One checkpoint: where it is and what it says of itself."""
+    """
+    One checkpoint: where it is and what it says of itself.
+
+    Attributes:
+        path: A file, or the folder of a sharded checkpoint.
+        is_sharded: Whether it is such a folder.
+    """
 
     path: str
     manifest: Manifest
+    is_sharded: bool = False
 
     @property
     def is_resumable(self) -> bool:
@@ -55,9 +63,10 @@ class CheckpointFolder:
     The checkpoints directly inside one folder.
 
     Iterating gives a `CheckpointFile` each, in order of ``sequence``. Only the ends and
-    sizes of files are read, anew each time; digests are not checked. Files that are no
-    checkpoints, hidden ones and files without a manifest are passed over; a damaged one
-    is too, with one warning in the log. A folder that does not exist is empty.
+    sizes of files are read, and of sharded checkpoints the manifest, anew each time; digests
+    are not checked. Files and folders that are no checkpoints, hidden ones and files without a
+    manifest are passed over; a damaged one is too, with one warning in the log. A folder that
+    does not exist is empty.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -71,10 +80,10 @@ class CheckpointFolder:
 
     def __iter__(self) -> Iterator[CheckpointFile]:
         files = []
-        for path in self._candidates():
-            manifest = self._read(path)
+        for path, sharded in self._candidates():
+            manifest = self._read(path, sharded)
             if manifest is not None:
-                files.append(CheckpointFile(path, manifest))
+                files.append(CheckpointFile(path, manifest, sharded))
         files.sort(key=lambda file: (file.manifest.sequence, file.manifest.created, file.path))
         return iter(files)
 
@@ -96,20 +105,24 @@ class CheckpointFolder:
         """Return the greatest ``sequence`` of any checkpoint here, 0 if there is none."""
         return max((file.manifest.sequence for file in self), default=0)
 
-    def _candidates(self) -> list[str]:
+    def _candidates(self) -> list[tuple[str, bool]]:
         try:
             with os.scandir(self.path) as entries:
-                return [entry.path for entry in entries if not entry.name.startswith(".") and _is_file(entry)]
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
         except FileNotFoundError:
             return []
+        files = [(entry.path, False) for entry in visible if _is_file(entry)]
+        return files + [
+            (entry.path, True) for entry in visible if not _is_file(entry) and is_sharded(entry.path)
+        ]
 
-    def _read(self, path: str) -> Manifest | None:
+    def _read(self, path: str, sharded: bool) -> Manifest | None:
         try:
-            return read_manifest(path)
+            return read_sharded(path).manifest if sharded else read_manifest(path)
         except FileNotFoundError:
             return None
         except (CheckpointCorruptError, OSError) as error:
-            if path not in self._damaged and not _is_foreign(path):
+            if path not in self._damaged and (sharded or not _is_foreign(path)):
                 self._damaged[path] = str(error)
                 _log.warning("Passing over a checkpoint: %s", error)
             return None

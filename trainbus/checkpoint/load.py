@@ -11,10 +11,11 @@ from typing import Any, BinaryIO, TypeAlias
 import torch
 
 from trainbus.checkpoint.file_format import END_RECORD_BYTES, Manifest, open_regular, read_ending
+from trainbus.checkpoint.sharded_format import where_it_stands
 from trainbus.checkpoint.verify import check_digest
 from trainbus.errors import CheckpointCorruptError, UntrustedPickleError
 
-__all__ = ["MapLocation", "load_file"]
+__all__ = ["MapLocation", "load_checkpoint", "load_file"]
 
 MapLocation: TypeAlias = str | torch.device | dict[str, str] | Callable[[Any, str], Any] | None
 """What ``torch.load`` takes as ``map_location``."""
@@ -25,6 +26,33 @@ _PICKLE_START = b"\x80"  # of files that torch wrote before 1.6
 _LOCATOR_BYTES = 20
 _ZIP64_BYTES = 56 + _LOCATOR_BYTES
 _LETTERS_IN_STORAGE = re.compile(r"^[^/]*/data/.*[A-Za-z]")
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    map_location: MapLocation = "cpu",
+    verify: bool = True,
+    trust_pickle: bool = False,
+) -> tuple[Any, Manifest | None]:
+    """
+    Load a file as `load_file` does, or the folder of a sharded checkpoint, each tensor whole.
+
+    Raises:
+        TypeError: For a folder, *map_location* is no device.
+    """
+    path = where_it_stands(path)
+    if not os.path.isdir(path):
+        return load_file(path, map_location=map_location, verify=verify, trust_pickle=trust_pickle)
+    # Here, because it takes a second that only sharded checkpoints are worth.
+    from trainbus.checkpoint.sharded_load import load_sharded
+
+    if map_location is not None and not isinstance(map_location, str | torch.device):
+        raise TypeError(
+            f"Cannot load {path!r} with map_location={map_location!r}: its tensors are put together from "
+            "several files, so it takes a device, such as 'cpu' or 'cuda:0'."
+        )
+    return load_sharded(path, map_location=map_location, verify=verify)
 
 
 def load_file(

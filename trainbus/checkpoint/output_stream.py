@@ -28,8 +28,8 @@ class OutputStream:
     One thread fills it. Whole chunks, at multiples of their size and from page-aligned memory,
     go to *writers* and past the page cache where the file system can do that: the bytes are
     needed on the disk, not in memory, and copying them there costs more than half of the time.
-    The last 22 bytes stay behind until `finish`, because the manifest's length has to go into
-    them. Leaving it as a context manager waits until no thread writes to *fd* any more.
+    The last bytes stay behind until `finish`: of a zip the 22 that the manifest's length has to
+    go into. Leaving it as a context manager waits until no thread writes to *fd* any more.
 
     Attributes:
         error: The first error of a write, or None. ``torch.save`` turns an `OSError` into a
@@ -39,13 +39,17 @@ class OutputStream:
         fd: An empty file, open for writing.
         disk: What writes.
         writers: The threads; they may write several files one after the other.
+        held_back: How many bytes stay behind; 0 for a file that is to be no zip with a manifest.
     """
 
-    def __init__(self, fd: int, disk: Disk, writers: ChunkWriters) -> None:
+    def __init__(
+        self, fd: int, disk: Disk, writers: ChunkWriters, *, held_back: int = END_RECORD_BYTES
+    ) -> None:
         self.error: BaseException | None = None
         self._fd = fd
         self._disk = disk
         self._writers = writers
+        self._held_back = held_back
         self._memory = writers.take()
         self._used = 0
         self._handed_on = 0
@@ -83,6 +87,27 @@ class OutputStream:
     def flush(self) -> None:
         """Do nothing: only `finish` may write the last bytes."""
 
+    def close(self) -> None:
+        """Do nothing: whoever opened the descriptor closes it."""
+
+    def tell(self) -> int:
+        """Return how many bytes it was given so far."""
+        return self._handed_on + self._used
+
+    def finish_plain(self) -> str:
+        """
+        Write what is left; nothing was held back. The file is not synced yet.
+
+        Returns:
+            The xxh3-128 of the whole file, as 32 hex digits.
+
+        Raises:
+            OSError: The first that any write had.
+        """
+        self._finish_body()
+        self._raise_error()
+        return self._hasher.hexdigest()
+
     def finish(self, manifest: Manifest) -> Manifest:
         """
         Write what is left, with *manifest* as the zip's comment. The file is not synced yet.
@@ -94,24 +119,27 @@ class OutputStream:
             OSError: The first that any write had.
             ValueError: What was written is no zip file, or the manifest is too long.
         """
-        self._wait()
-        self._raise_error()
-        if self._bypassing:
-            # What is left is no whole number of blocks.
-            self._use_cache()
-        body = max(0, self._used - END_RECORD_BYTES)
-        end_record = self._memory[body : self._used].tobytes()
-        self._hasher.update(self._memory[:body].data)
-        self._write_all(self._memory[:body].data, self._handed_on)
-        size = self._handed_on + body
+        end_record, size = self._finish_body()
         final, ending = seal(manifest, end_record, size, self._hasher)
         self._write_all(memoryview(ending), size)
         self._raise_error()
         return final
 
+    def _finish_body(self) -> tuple[bytes, int]:
+        """Write all but what is held back; return that, and how many bytes are before it."""
+        self._wait()
+        self._raise_error()
+        if self._bypassing:
+            # What is left is no whole number of blocks.
+            self._use_cache()
+        body = max(0, self._used - self._held_back)
+        self._hasher.update(self._memory[:body].data)
+        self._write_all(self._memory[:body].data, self._handed_on)
+        return self._memory[body : self._used].tobytes(), self._handed_on + body
+
     @property
     def _limit(self) -> int:
-        return self._writers.chunk_bytes + END_RECORD_BYTES
+        return self._writers.chunk_bytes + self._held_back
 
     def _hand_on(self) -> None:
         """Give the full chunk to the writers and go on in another one, with the bytes held back."""

@@ -22,13 +22,12 @@ from trainbus.checkpoint.background_copy import BackgroundCopy
 from trainbus.checkpoint.background_writer import BackgroundWriter
 from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.commit import commit
-from trainbus.checkpoint.disk import disk_in_use
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.checkpoint.stats import LostTime, SaveTimes
-from trainbus.checkpoint.temporary import sweep
+from trainbus.checkpoint.temporary import Sweeper
 from trainbus.errors import CheckpointWriteError
 
 __all__ = ["Saver"]
@@ -80,7 +79,7 @@ class Saver:
             patience=write_timeout,
             last_progress=lambda: self._chunks.last_progress,
         )
-        self._swept: set[str] = set()
+        self._sweeper = Sweeper()
         self.lost = LostTime()
         self._overlaps = snapshot == "overlap"
         self._lower_fence = fence.raise_fence() if self._overlaps else None
@@ -143,7 +142,7 @@ class Saver:
 
         def write() -> Manifest:
             snapshot.wait()
-            self._sweep_once(os.path.dirname(path))
+            self._sweeper.sweep_once(os.path.dirname(path))
             return commit(
                 path,
                 manifest(),
@@ -225,19 +224,6 @@ class Saver:
             self._overlaps = False
             _log.warning("Saves copy everything at once from now on: snapshot='overlap' is not safe here.")
         return self._overlaps and not fence.is_stepping()
-
-    def _sweep_once(self, folder: str) -> None:
-        """Make room before the first file in *folder*: runs that were killed leave theirs unfinished."""
-        if folder in self._swept:
-            return
-        self._swept.add(folder)
-        try:
-            names = sweep(folder, disk_in_use())
-        except OSError as error:
-            _log.warning("Cannot look for unfinished files of dead runs in %r: %s.", folder, error)
-            return
-        if names:
-            _log.info("Removed %d unfinished file(s) that dead runs have left in %r.", len(names), folder)
 
     def _charge(self, times: SaveTimes, seconds: float) -> None:
         self.lost.fenced += seconds

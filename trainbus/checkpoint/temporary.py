@@ -3,23 +3,45 @@ The files that are not finished yet: their names, whose they are, and what dead 
 
 Each is locked for as long as its writer lives, by the kernel, which lets go of the lock however the
 writer ends. So one that can be locked belongs to nobody, on whichever machine and in whichever
-container it was begun.
+container it was begun. An unfinished folder has such a file beside it, of its own name without the
+ending; it is made before the folder and goes after it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 from collections.abc import Iterator
 
-from trainbus.checkpoint.disk import Disk
+from trainbus.checkpoint.disk import Disk, disk_in_use
 
-__all__ = ["TEMPORARY", "create_temporary", "sweep"]
+__all__ = [
+    "REPLACED",
+    "TEMPORARY",
+    "TEMPORARY_FOLDER",
+    "Sweeper",
+    "create_temporary",
+    "create_temporary_folder",
+    "remove_tree",
+    "replaced_name",
+    "sweep",
+    "temporary_folder_name",
+]
+
+_log = logging.getLogger("trainbus")
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.trainbus\.tmp")
 """What the names of our unfinished files look like, and nobody else's."""
+
+_FOLDER_ENDING = ".d"
+TEMPORARY_FOLDER = re.compile(TEMPORARY.pattern + re.escape(_FOLDER_ENDING))
+"""What the names of our unfinished folders look like, and of those that are being removed."""
+
+REPLACED = re.compile(r"(?P<name>.+)\.[0-9a-f]{16}\.trainbus\.old")
+"""What a checkpoint is called while a new one takes its name, where the two cannot change places."""
 
 _LONGEST_NAME = 255
 _TRIES = 5  # each lost only to a sweep that came between two calls
@@ -45,6 +67,31 @@ def create_temporary(disk: Disk, folder: int, final_name: str) -> Iterator[tuple
         raise
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def create_temporary_folder(disk: Disk, folder: int, final_name: str) -> Iterator[str]:
+    """
+    Make a hidden folder beside what it will replace, and keep it from sweeps inside of ``with``.
+
+    What stands under its name at the end is removed, be it that folder after an exception or what it
+    has changed places with. What cannot be removed is left to sweeps.
+
+    Yields:
+        Its name.
+    """
+    with create_temporary(disk, folder, final_name) as (lock, fd):
+        disk.close(fd)
+        name = lock + _FOLDER_ENDING
+        try:
+            disk.make_folder(folder, name)
+            yield name
+        finally:
+            with contextlib.suppress(OSError):
+                remove_tree(disk, folder, name)
+            # From now on nothing keeps a sweep from what may be left.
+            with contextlib.suppress(OSError):
+                disk.unlink(folder, lock)
 
 
 def _create(disk: Disk, folder: int, final_name: str) -> tuple[str, int, int]:
@@ -74,7 +121,9 @@ def _take(disk: Disk, fd: int) -> bool:
 
 def sweep(path: str, disk: Disk) -> list[str]:
     """
-    Remove the unfinished files that nobody is writing any more.
+    Remove the unfinished files and folders that nobody is writing any more.
+
+    A checkpoint that was moved out of the way of one that never came gets its name back.
 
     Args:
         path: The folder; one that is not there has none.
@@ -91,10 +140,61 @@ def sweep(path: str, disk: Disk) -> list[str]:
     except FileNotFoundError:
         return []
     try:
-        unfinished = [name for name in disk.names(folder) if TEMPORARY.fullmatch(name)]
-        return [name for name in unfinished if _remove_if_dead(disk, folder, name)]
+        names = disk.names(folder)
+        removed = [
+            name for name in names if TEMPORARY.fullmatch(name) and _remove_if_dead(disk, folder, name)
+        ]
+        for name in names:
+            if TEMPORARY_FOLDER.fullmatch(name) and _remove_folder_if_dead(disk, folder, name):
+                removed.append(name)
+            elif (replaced := REPLACED.fullmatch(name)) and _put_back(disk, folder, name, replaced["name"]):
+                removed.append(name)
+        return removed
     finally:
         os.close(folder)
+
+
+class Sweeper:
+    """Sweeps each folder once, before the first checkpoint that a saver puts there."""
+
+    def __init__(self) -> None:
+        self._swept: set[str] = set()
+
+    def sweep_once(self, folder: str) -> None:
+        """Make room in *folder*: runs that were killed leave theirs unfinished. Logs, raises nothing."""
+        if folder in self._swept:
+            return
+        self._swept.add(folder)
+        try:
+            names = sweep(folder, disk_in_use())
+        except OSError as error:
+            _log.warning("Cannot look for unfinished files of dead runs in %r: %s.", folder, error)
+            return
+        if names:
+            _log.info("Removed %d unfinished file(s) that dead runs have left in %r.", len(names), folder)
+
+
+def remove_tree(disk: Disk, folder: int, name: str) -> None:
+    """
+    Remove a folder with the files directly in it, or a file; one that is not there is fine.
+
+    Raises:
+        OSError: Something in it cannot be removed, e.g. a folder.
+    """
+    try:
+        inside = disk.enter_folder(folder, name)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        disk.unlink(folder, name)
+        return
+    try:
+        for entry in disk.names(inside):
+            with contextlib.suppress(FileNotFoundError):
+                disk.unlink(inside, entry)
+    finally:
+        os.close(inside)
+    disk.remove_folder(folder, name)
 
 
 def _remove_if_dead(disk: Disk, folder: int, name: str) -> bool:
@@ -113,8 +213,47 @@ def _remove_if_dead(disk: Disk, folder: int, name: str) -> bool:
     return True
 
 
+def _remove_folder_if_dead(disk: Disk, folder: int, name: str) -> bool:
+    try:
+        # Asked after the folder was seen: it has the file for as long as anybody writes to it.
+        os.close(disk.open(folder, name.removesuffix(_FOLDER_ENDING)))
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return False
+    else:
+        return False
+    try:
+        remove_tree(disk, folder, name)
+    except OSError:
+        return False
+    return True
+
+
+def _put_back(disk: Disk, folder: int, old: str, name: str) -> bool:
+    """Give a checkpoint that was to be replaced its name back, or remove it if the new one has come."""
+    try:
+        if name in disk.names(folder):
+            remove_tree(disk, folder, old)
+            return True
+        disk.rename(folder, old, name)
+    except OSError:
+        pass
+    return False
+
+
+def temporary_folder_name(final_name: str) -> str:
+    """Return a new name for a folder that is to be removed."""
+    return _temporary_name(final_name) + _FOLDER_ENDING
+
+
+def replaced_name(name: str) -> str:
+    """Return a new name for what *name* is moved out of the way to."""
+    return f"{name}.{os.urandom(8).hex()}.trainbus.old"
+
+
 def _temporary_name(final_name: str) -> str:
     ending = f".{os.urandom(8).hex()}.trainbus.tmp"
     # Cut in bytes, for that is how the file system counts.
-    room = _LONGEST_NAME - len(ending) - 1
+    room = _LONGEST_NAME - len(ending) - len(_FOLDER_ENDING) - 1
     return f".{os.fsdecode(os.fsencode(final_name)[:room])}{ending}"

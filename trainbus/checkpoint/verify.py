@@ -1,18 +1,78 @@
-"""Whether a file is bit for bit what was written. Needs no torch."""
+"""Whether a checkpoint is bit for bit what was written. Needs no torch."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import BinaryIO
 
 import xxhash
 
 from trainbus.checkpoint.file_format import NO_DIGEST, Ending, Manifest, open_regular, read_ending
+from trainbus.checkpoint.sharded_format import ShardedFiles, read_sharded, where_it_stands
 from trainbus.errors import CheckpointCorruptError
 
-__all__ = ["check_digest", "verify_file"]
+__all__ = ["check_digest", "check_shards", "damaged_shards", "verify_checkpoint", "verify_file"]
 
 _READ_AT_A_TIME = 512 << 10  # stays in the cache of a core until it is hashed
+
+
+def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
+    """
+    Check every bit of a file, or of a sharded checkpoint's folder. Blocks for as long as reading it takes.
+
+    Raises:
+        CheckpointCorruptError: It is damaged, or has no manifest to be checked against; of a folder
+            the reason names the damaged files.
+        OSError: It cannot be opened.
+    """
+    path = where_it_stands(path)
+    if not os.path.isdir(path):
+        return verify_file(path)
+    files = read_sharded(path)
+    check_shards(path, files, files.digests)
+    size = files.described + sum(os.path.getsize(os.path.join(path, name)) for name in files.digests)
+    if size != files.manifest.size:
+        raise CheckpointCorruptError(path, f"it has {size} bytes and should have {files.manifest.size}")
+    return files.manifest
+
+
+def check_shards(path: str | os.PathLike[str], files: ShardedFiles, names: Iterable[str]) -> None:
+    """
+    Compare some files of a sharded checkpoint with their digests. Blocks while they are read.
+
+    Raises:
+        CheckpointCorruptError: One is damaged or missing.
+    """
+    damaged = damaged_shards(path, files, names)
+    if damaged:
+        raise CheckpointCorruptError(
+            path, f"{', '.join(damaged)} does not have the digest it was written with"
+        )
+
+
+def damaged_shards(path: str | os.PathLike[str], files: ShardedFiles, names: Iterable[str]) -> list[str]:
+    """Return which of a sharded checkpoint's files *names* are damaged or missing. Blocks while reading."""
+    folder = os.path.expanduser(path)
+    return [name for name in names if _digest_of(os.path.join(folder, name)) != files.digests[name]]
+
+
+def _digest_of(path: str) -> str | None:
+    hasher = xxhash.xxh3_128()
+    try:
+        with open_regular(path) as file:
+            _feed(hasher, file, os.fstat(file.fileno()).st_size)
+    except (FileNotFoundError, CheckpointCorruptError):
+        return None
+    return hasher.hexdigest()
+
+
+def _feed(hasher: xxhash.xxh3_128, file: BinaryIO, size: int) -> None:
+    """Hash the next *size* bytes of a file, or those that are there."""
+    chunk = memoryview(bytearray(min(_READ_AT_A_TIME, size)))
+    while size and (count := file.readinto(chunk[:size])):  # type: ignore[attr-defined]
+        hasher.update(chunk[:count])
+        size -= count
 
 
 def verify_file(path: str | os.PathLike[str]) -> Manifest:
@@ -39,12 +99,8 @@ def check_digest(file: BinaryIO, path: str | os.PathLike[str], ending: Ending) -
         CheckpointCorruptError: Any bit differs from what was written.
     """
     hasher = xxhash.xxh3_128()
-    chunk = memoryview(bytearray(min(_READ_AT_A_TIME, ending.digest_at)))
     file.seek(0)
-    left = ending.digest_at
-    while left and (count := file.readinto(chunk[:left])):  # type: ignore[attr-defined]
-        hasher.update(chunk[:count])
-        left -= count
+    _feed(hasher, file, ending.digest_at)
     hasher.update(NO_DIGEST.encode())
     hasher.update(file.read()[len(NO_DIGEST) :])
     if hasher.hexdigest() != ending.manifest.digest:

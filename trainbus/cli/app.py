@@ -33,7 +33,7 @@ def demo(
 
 @app.command()
 def verify(
-    paths: Annotated[list[str], typer.Argument(help="Files, or folders of checkpoints.", show_default=False)],
+    paths: Annotated[list[str], typer.Argument(help="Checkpoints, or folders of them.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Read checkpoints through and compare them with their digests; exit code 1 if any is damaged."""
@@ -109,6 +109,19 @@ def export(
     from trainbus.cli.export import run
 
     run(file, target, force=force, as_json=as_json)
+
+
+@app.command()
+def consolidate(
+    folder: Annotated[str, typer.Argument(help="A sharded checkpoint.", show_default=False)],
+    target: Annotated[str, typer.Argument(help="The file to write.", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Write a sharded checkpoint as one plain file, in this process alone."""
+    from trainbus.cli.consolidate import run
+
+    run(folder, target, force=force, as_json=as_json)
 
 
 @app.command()

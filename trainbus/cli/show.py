@@ -12,8 +12,9 @@ from typing import Any
 
 import typer
 
-from trainbus.checkpoint.file_format import Manifest, read_manifest
+from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.outline import Opaque, TensorOutline, read_outline
+from trainbus.checkpoint.sharded_format import is_sharded, read_manifest
 from trainbus.cli.text import printable
 from trainbus.errors import CheckpointCorruptError
 
@@ -42,7 +43,8 @@ def run(file: str, *, as_json: bool) -> None:
     Print the manifest, then a line for each name, indented by its depth.
 
     Reads the end of the file, its directory and the names; the digest is not checked (`trainbus verify`
-    does), and nothing in the file is imported or run.
+    does), and nothing in the file is imported or run. Of a sharded checkpoint its metadata is read, which
+    takes torch.
 
     Args:
         file: A checkpoint, or any file of ``torch.save``.
@@ -53,7 +55,7 @@ def run(file: str, *, as_json: bool) -> None:
         typer.BadParameter: It cannot be read as such a file.
     """
     try:
-        manifest, state = read_manifest(file), read_outline(file)
+        manifest, state = read_manifest(file), _outline(file)
     except CheckpointCorruptError as error:
         raise typer.BadParameter(str(error)) from error
     except OSError as error:
@@ -68,6 +70,14 @@ def run(file: str, *, as_json: bool) -> None:
         print(_line(entry))
     if len(entries) > _MOST_LINES:
         print(f"... and more than these {_MOST_LINES:,} lines")
+
+
+def _outline(path: str) -> Any:
+    if not is_sharded(path):
+        return read_outline(path)
+    from trainbus.checkpoint.sharded_load import read_sharded_outline
+
+    return read_sharded_outline(path)
 
 
 def _walk(value: Any, keys: tuple[Any, ...], around: frozenset[int] = frozenset()) -> Iterator[_Entry]:

@@ -1,4 +1,4 @@
-"""``trainbus verify``: whether files are what was written, one line each."""
+"""``trainbus verify``: whether checkpoints are what was written, one line each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trainbus.checkpoint.file_format import Manifest, read_manifest
-from trainbus.checkpoint.verify import verify_file
+from trainbus.checkpoint.sharded_format import is_sharded, read_sharded
+from trainbus.checkpoint.verify import damaged_shards, verify_checkpoint
 from trainbus.errors import CheckpointCorruptError, TrainbusError
 
 __all__ = ["run"]
@@ -16,10 +17,10 @@ __all__ = ["run"]
 
 def run(paths: Sequence[str], *, as_json: bool) -> int:
     """
-    Print one line for each file, in plain words or as JSON.
+    Print one line for each checkpoint, in plain words or as JSON.
 
     Args:
-        paths: Files; of a folder, the checkpoints directly in it.
+        paths: Files and folders of sharded checkpoints; of another folder, the checkpoints directly in it.
         as_json: An object with ``path``, ``ok``, and ``reason`` and ``parts`` or the manifest's own.
 
     Returns:
@@ -36,7 +37,7 @@ def run(paths: Sequence[str], *, as_json: bool) -> int:
 
 def _files(paths: Sequence[str]) -> Iterator[str]:
     for path in paths:
-        if os.path.isdir(path):
+        if os.path.isdir(path) and not is_sharded(path):
             yield from sorted(_checkpoints_in(path))
         else:
             yield path
@@ -45,7 +46,9 @@ def _files(paths: Sequence[str]) -> Iterator[str]:
 def _checkpoints_in(folder: str) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.name.startswith(".") and entry.is_file() and not _is_something_else(entry.path):
+            if entry.name.startswith("."):
+                continue
+            if is_sharded(entry.path) or (entry.is_file() and not _is_something_else(entry.path)):
                 yield entry.path
 
 
@@ -62,7 +65,7 @@ def _is_something_else(path: str) -> bool:
 
 def _check(path: str) -> dict[str, Any]:
     try:
-        manifest = verify_file(path)
+        manifest = verify_checkpoint(path)
     except CheckpointCorruptError as error:
         return {"path": path, "ok": False, "reason": error.reason, "parts": _parts(path)}
     except OSError as error:
@@ -74,6 +77,9 @@ def _parts(path: str) -> list[str]:
     from trainbus.checkpoint.damage import damaged_parts
 
     try:
+        if is_sharded(path):
+            files = read_sharded(path)
+            return damaged_shards(path, files, files.digests)
         return damaged_parts(path)
     except (TrainbusError, OSError):
         return []

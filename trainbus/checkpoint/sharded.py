@@ -1,0 +1,284 @@
+"""
+Saves of states that are divided among ranks: ``torch.distributed.checkpoint``, fed with our snapshots.
+
+It plans, finds out which rank writes what, and tells all ranks of a failure; what it writes goes through
+our writer (`sharded_writer`), and what it copies through our stager.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
+
+from trainbus.checkpoint import collector
+from trainbus.checkpoint.chunk_writers import ChunkWriters
+from trainbus.checkpoint.disk import disk_in_use
+from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.sharded_state import STRUCTURE, flatten, writes_here
+from trainbus.checkpoint.sharded_writer import WHOLE, Failure, Shard, ShardPlanner, ShardWriter, StagedState
+from trainbus.checkpoint.staging_copy import Snapshot, Stager
+from trainbus.checkpoint.staging_memory import StagingMemory
+from trainbus.checkpoint.temporary import Sweeper
+from trainbus.errors import RankFailedError
+
+__all__ = ["ShardedSaver", "collect_sharded", "restore_sharded"]
+
+
+class ShardedSaver:
+    """
+    Saves states with `DTensor`\\ s in them. Every rank of *group* makes one, and calls `save` alike.
+
+    Its collectives are torch's own, run on a thread of torch's, in *group* alone; so nothing else may
+    use that group. They fail after the group's time-out where a rank does not come.
+
+    Args:
+        group: A gloo group of all ranks that take part, made for this; rank 0 of it commits.
+        max_pending: Saves that may be unfinished at once; each has host memory of its own.
+        device_snapshot: Whether to copy CUDA tensors on their device first: ``"auto"``, True, False.
+    """
+
+    def __init__(
+        self,
+        group: torch.distributed.ProcessGroup,
+        *,
+        max_pending: int = 1,
+        device_snapshot: str | bool = "auto",
+    ) -> None:
+        if max_pending < 1:
+            raise ValueError(f"max_pending must be at least 1, got {max_pending!r}.")
+        self._group = group
+        self._max_pending = max_pending
+        self._stager = Stager(StagingMemory(max_pending), device_snapshot=device_snapshot)
+        self._writers = ChunkWriters()
+        self._sweeper = Sweeper()
+        self._unfinished: deque[Future[Manifest]] = deque()
+        self._items: dict[str, Any] = {}
+        self._cache = ""
+        self._begin_cache()
+
+    @property
+    def last_progress(self) -> float:
+        """``time.monotonic()`` when a disk last took bytes of this rank; 0 before."""
+        return self._writers.last_progress
+
+    def save(
+        self, path: str | os.PathLike[str], state: Any, manifest: Callable[[], Manifest]
+    ) -> Future[Manifest]:
+        """
+        Copy this rank's part of *state* now and have it written, together with the other ranks.
+
+        Collective: every rank calls it, in the same order, with the same *path*, and its own part of the
+        state. What is no `DTensor` should be equal on all ranks; rank 0's is written. A `DTensor` is
+        written by those ranks whose coordinate is 0 in each dimension of its mesh that replicates it, and
+        not even copied on the others. Blocks while *max_pending* saves are unfinished and while tensors
+        are copied to host memory; when it returns, they may change in any way. Never raises for one rank
+        alone: what keeps a rank from copying fails the save on all.
+
+        Args:
+            path: A folder on a disk that all ranks share; a checkpoint that is there is replaced in one
+                step at the very end.
+            state: Tensors and plain values in dict, OrderedDict, Counter, list, tuple and set.
+            manifest: Called on rank 0, on another thread, once all ranks have written.
+
+        Returns:
+            A future of what the checkpoint says of itself, on every rank the same; done means durable.
+            It fails with `RankFailedError`, on every rank with the same, if the save failed on any; the
+            old checkpoint is untouched then.
+        """
+        self._wait_for_room()
+        self._writers.start()
+        snapshots = _SnapshotStager(self._stager, self._items, previous=self._last)
+        writer = ShardWriter(
+            os.path.abspath(os.path.expanduser(os.fspath(path))),
+            manifest,
+            disk=disk_in_use(),
+            writers=self._writers,
+            ready=snapshots.wait,
+            release=snapshots.close,
+            before=self._sweeper.sweep_once,
+        )
+        snapshots.fail = lambda error: setattr(writer, "failed_to_stage", error)
+        with record_function("trainbus: sharded save"):
+            # In a dict of one: for each key torch does things that take longer than copying its tensor.
+            response = async_save(
+                {WHOLE: state},
+                storage_writer=writer,
+                planner=ShardPlanner(self._cache),
+                process_group=self._group,
+                async_stager=snapshots,
+            )
+        result: Future[Manifest] = Future()
+        self._unfinished.append(result)
+        assert not isinstance(response, Future)  # it is one where the stager returns none
+        response.upload_completion.add_done_callback(
+            lambda upload: self._complete(result, upload, writer, snapshots)
+        )
+        return result
+
+    def close(self) -> None:
+        """Wait until all saves are finished, whatever became of them, and end the threads."""
+        wait(self._unfinished)
+        self._stager.thread.close()
+        self._writers.close()
+        self._forget_cache()
+
+    @property
+    def _last(self) -> Future[Manifest] | None:
+        return self._unfinished[-1] if self._unfinished else None
+
+    def _wait_for_room(self) -> None:
+        while self._unfinished and (self._unfinished[0].done() or len(self._unfinished) >= self._max_pending):
+            wait([self._unfinished[0]])
+            self._unfinished.popleft()
+
+    def _complete(
+        self, result: Future[Manifest], upload: Future[Any], writer: ShardWriter, snapshots: _SnapshotStager
+    ) -> None:
+        try:
+            writer.close()
+            snapshots.close()
+            result.set_result(_manifest_of(upload))
+        except BaseException as error:  # whatever it is, somebody waits for it
+            # Some ranks may have kept a plan that the others have not.
+            self._forget_cache()
+            self._begin_cache()
+            result.set_exception(error)
+
+    def _begin_cache(self) -> None:
+        self._cache = f"trainbus-{next(_numbers)}"
+
+    def _forget_cache(self) -> None:
+        for name, kept in vars(SavePlanner).items():
+            if name.startswith("_cached_") and isinstance(kept, dict):
+                kept.pop(self._cache, None)
+
+
+class _SnapshotStager(AsyncStager):
+    """
+    Our snapshot as the stager of one ``async_save``.
+
+    Attributes:
+        fail: Told what kept the state from being copied, for all ranks to hear of it.
+
+    Args:
+        stager: Copies.
+        items: Where descriptions of shards are kept from save to save.
+        previous: The save before, whose collectives must be over before this one's begin.
+    """
+
+    def __init__(self, stager: Stager, items: dict[str, Any], previous: Future[Manifest] | None) -> None:
+        self.fail: Callable[[Exception], None] = lambda error: None
+        self._stager = stager
+        self._items = items
+        self._previous = previous
+        self._snapshot: Snapshot | None = None
+
+    def stage(self, state_dict: dict[str, Any]) -> Future[dict[str, Any]]:
+        """Copy; return what torch's ``save`` is given once the save before is over."""
+        try:
+            with collector.paused():
+                staged = self._take(state_dict[WHOLE])
+        except Exception as error:
+            self.fail(error)
+            staged = StagedState({}, {})
+        turn: Future[dict[str, Any]] = Future()
+        if self._previous is None:
+            turn.set_result({WHOLE: staged})
+        else:
+            self._previous.add_done_callback(lambda _: turn.set_result({WHOLE: staged}))
+        return turn
+
+    def wait(self) -> None:
+        """Block until the copy is complete; raises what kept it from becoming so."""
+        assert self._snapshot is not None
+        self._snapshot.wait()
+
+    def synchronize_staging(self) -> None:
+        """Do nothing: `stage` returns when the state may change."""
+
+    def close(self) -> None:
+        """Give the memory back. May be called again."""
+        if self._snapshot is not None:
+            self._snapshot.release()
+
+    def _take(self, state: Any) -> StagedState:
+        flat = flatten(state)
+        with torch.no_grad():
+            parts = {
+                name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                for name, tensor in flat.tensors.items()
+                if not isinstance(tensor, DTensor) or writes_here(tensor)
+            }
+        self._snapshot = snapshot = self._stager.take((parts, flat.structure))
+        try:
+            self._stager.begin(snapshot)
+        except BaseException as error:
+            # Nobody will run it, and a release waits for it.
+            if snapshot.copy is not None:
+                snapshot.copy.give_up(error)
+            raise
+        copies, structure = snapshot.state
+        entries: dict[str, Any] = {**flat.values, STRUCTURE: structure}
+        for name, copy in copies.items():
+            whole = flat.tensors[name]
+            entries[name] = Shard(copy, whole, self._items) if isinstance(whole, DTensor) else copy
+        return StagedState(entries, {**flat.paths, STRUCTURE: (STRUCTURE,)})
+
+
+def collect_sharded(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
+    """
+    Return the state of a module and its optimizer, by names of parameters, each rank its part.
+
+    Collective: every rank calls it. The tensors are the live ones, still to be copied. An optimizer that
+    has made no step yet is given its state first, as torch does it: by a step with a rate of 0.
+    """
+    state: dict[str, Any] = {"module": get_model_state_dict(module)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(module, optimizer)
+    return state
+
+
+def restore_sharded(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]
+) -> None:
+    """Do the opposite of `collect_sharded`. Collective: every rank calls it, with its own part."""
+    set_model_state_dict(module, state["module"])
+    if optimizer is not None:
+        set_optimizer_state_dict(module, optimizer, state["optimizer"])
+
+
+def _manifest_of(upload: Future[Any]) -> Manifest:
+    """Return what a save came to, or raise why it failed."""
+    error = upload.exception()
+    if error is None:
+        outcome = ShardWriter.outcome_of(upload.result())
+        if isinstance(outcome, Manifest):
+            return outcome
+        raise outcome.error()
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        raise Failure.of(rank, cause).error() from error
+    raise RankFailedError(None, f"{type(error).__name__}: {error}") from error
+
+
+_numbers = itertools.count()
