@@ -40,3 +40,22 @@ def unconfigured_logging(monkeypatch):
     monkeypatch.setattr(logger, "handlers", [])
     yield
     gc.collect()  # a bar whose run did not end lets go of the logger when it is collected: now
+
+
+@pytest.fixture
+def save_sharded():
+    """Save a sharded checkpoint from a world of one: ``save_sharded(path, state, **manifest_fields)``."""
+    import torch.distributed as dist
+
+    from trainbus import Manifest
+    from trainbus.checkpoint.sharded import ShardedSaver
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    saver = ShardedSaver(dist.new_group(backend="gloo"))
+
+    def save(path, state, **fields):
+        return saver.save(path, state, lambda: Manifest(**{"contents": "state", **fields})).result(60)
+
+    yield save
+    saver.close()
+    dist.destroy_process_group()

@@ -46,9 +46,8 @@ def check_shards(path: str | os.PathLike[str], files: ShardedFiles, names: Itera
     """
     damaged = damaged_shards(path, files, names)
     if damaged:
-        raise CheckpointCorruptError(
-            path, f"{', '.join(damaged)} does not have the digest it was written with"
-        )
+        have = "does not have the digest it was" if len(damaged) == 1 else "do not have the digests they were"
+        raise CheckpointCorruptError(path, f"{', '.join(damaged)} {have} written with")
 
 
 def damaged_shards(path: str | os.PathLike[str], files: ShardedFiles, names: Iterable[str]) -> list[str]:

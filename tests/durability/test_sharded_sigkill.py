@@ -1,0 +1,37 @@
+"""Ranks that save a sharded state all the time, all killed at once at any moment."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+class TestKilled:
+    def test_at_each_call(self, ask, tmp_path, exchange):
+        """
+        Whichever call to the disk a save dies before, the old checkpoint or the new one is loaded under its
+        name, whole, and listed; and the next save leaves nothing else.
+        """
+        outcome = ask("sharded_loop.killed_at_each_call", folder=str(tmp_path), exchange=exchange)
+
+        assert outcome["problems"] == []
+        assert outcome["calls"] > 20
+
+    @pytest.mark.full
+    def test_again_and_again(self, ask, tmp_path, request, exchange):
+        """
+        After each kill every committed checkpoint verifies, loads, and is of one step; the newest is the
+        last that was reported, at least; and under a name that is being replaced there is always one.
+        """
+        kills = request.config.getoption("--runs") or 30
+
+        outcome = ask(
+            "sharded_loop.killed",
+            folder=str(tmp_path),
+            times=kills,
+            exchange=exchange,
+            limit=60 + 20 * kills,
+        )
+
+        assert outcome["problems"] == []
+        assert outcome["unfinished"] > 0  # some were killed amid a save
