@@ -109,7 +109,11 @@ def load(group, folder):
     target = collect_sharded(model, optimizer)
     state, final = load_into(f"{folder}/run/a", target, group=group)
     restore_sharded(model, optimizer, state)
-    there = {**whole(collect_sharded(model, optimizer)), "progress": state["progress"], "empty": state["empty"]}
+    there = {
+        **whole(collect_sharded(model, optimizer)),
+        "progress": state["progress"],
+        "empty": state["empty"],
+    }
     train(model, optimizer, steps=1)
     part, _ = load_into(f"{folder}/run/a", target, group=group, keys=["module"])
     try:

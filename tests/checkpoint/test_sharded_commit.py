@@ -80,7 +80,7 @@ class TestCommit:
     @pytest.mark.parametrize("disk_kind", [FaultyDisk, NoExchange])
     @pytest.mark.parametrize("persistent", [False, True])
     def test_disk_fails_at_each_call(self, tmp_path, disk_kind, persistent):
-        """Whichever call fails, the old checkpoint or the new one is whole under its name, and no rest is left."""
+        """Whichever call fails, the old checkpoint or the new one is whole under its name, and nothing else."""
         # A disk that breaks for good still lets go of names and descriptors.
         leaving = {"unlink", "remove_folder", "close"} if persistent else set()
         calls = [name for name in CALLS if name not in leaving]
@@ -191,7 +191,7 @@ class TestRemove:
 
 class TestSweep:
     def test_leaves_what_is_being_written(self, tmp_path):
-        """The folder of a save that is under way stays; the next sweep after its process has died takes it."""
+        """The folder of a save that is under way stays; a sweep after its process has died takes it."""
         pending = PendingFolder(str(tmp_path / "a"), Disk())
         assert sweep(str(tmp_path), Disk()) == []
         assert len(os.listdir(tmp_path)) == 2
@@ -214,7 +214,9 @@ class TestSweep:
         assert sweep(str(tmp_path), Disk()) == [moved.name]
         assert os.listdir(tmp_path) == ["a"] and step_of(tmp_path / "a") == 1
 
-    @pytest.mark.parametrize("name", [".a.0123456789abcdef.trainbus.tmp.d", "a.0123456789abcdef.trainbus.old"])
+    @pytest.mark.parametrize(
+        "name", [".a.0123456789abcdef.trainbus.tmp.d", "a.0123456789abcdef.trainbus.old"]
+    )
     def test_follows_no_link(self, tmp_path, name):
         """What a link of such a name leads to stays."""
         save(tmp_path / "victim", 1)

@@ -1,4 +1,4 @@
-"""Real ranks under torchrun: sharded at one number of them, loaded at others; what one meets, all are told."""
+"""Real ranks under torchrun: saved at one number of them, loaded at others; what one meets, all hear of."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _saved(request, tmp_path_factory):
 @pytest.mark.full
 class TestSharded:
     def test_is_of_the_moment_of_the_save(self, saved):
-        """Everything changed right after the save returned, and the checkpoint holds what was before, whole."""
+        """Everything changed right after the save returned, and the checkpoint holds what was before."""
         _, folder, results = saved
 
         state, oracle = trainbus.load(folder / "run" / "a"), torch.load(folder / "oracle.pt")
@@ -80,11 +80,7 @@ class TestSharded:
         scenario, folder, _ = saved
         files = sorted(path.name for path in (folder / "run" / "a").glob("*.distcp"))
         writers = {"save": range(4), "save_hsdp": range(2)}[scenario]
-        tensors = [
-            chunk
-            for one in _chunks(folder / "run" / "a").values()
-            for chunk in one
-        ]
+        tensors = [chunk for one in _chunks(folder / "run" / "a").values() for chunk in one]
 
         assert files == [f"__{rank}_0.distcp" for rank in writers]
         assert len(tensors) == len(set(tensors))
@@ -98,9 +94,11 @@ class TestSharded:
         finally:
             damage(folder / "run" / "a" / "__1_0.distcp")
 
-        assert results == [
-            {"reason": "__1_0.distcp does not have the digest it was written with", "unchanged": True}
-        ] * 2
+        assert (
+            results
+            == [{"reason": "__1_0.distcp does not have the digest it was written with", "unchanged": True}]
+            * 2
+        )
 
 
 def _chunks(path):

@@ -24,7 +24,7 @@ def through_file(structure):
 A, B = torch.arange(3), torch.ones(2, 2)
 STATES = {
     "nested": {"a": {"b": [A, {"c": B}]}, "d": 1},
-    "integers": {1: A, "1": B, 2.5: None, True: "x"},
+    "integers": {1: A, "1": B, 2.5: None, False: "x"},
     "tuples": (A, (1, (B, "x")), []),
     "empty": {"a": {}, "b": [], "c": (), "d": set(), "e": None},
     "kinds": OrderedDict(b=A, a=Counter(x=2), c={1, 2}),

@@ -256,7 +256,12 @@ def _open(path: str | os.PathLike[str], to_check: Callable[[ShardedFiles], Colle
         raise CheckpointCorruptError(
             path, f"its {METADATA} names {min(strange)!r}, which is none of its files"
         )
-    return _Contents(path, files, metadata, _read_structure(path, structure))
+    contents = _Contents(path, files, metadata, _read_structure(path, structure))
+    for name, one in contents.tensors().items():
+        # What no piece covers would be whatever was in memory.
+        if sum(math.prod(chunk.sizes) for chunk in one.chunks) != math.prod(one.size):
+            raise CheckpointCorruptError(path, f"its pieces of {name} do not make up the whole")
+    return contents
 
 
 def _read_structure(path: str, place: Any) -> Any:
