@@ -87,7 +87,7 @@ class TestSave:
         assert trainbus.read_manifest(tmp_path / "a") == final
 
     def test_many_one_after_the_other(self, saver, tmp_path):
-        """Saves come out in the order of their requests, also when tensors come, go and change their shape."""
+        """Saves come out as they were asked for, also when tensors come, go and change their shape."""
         states = [
             {"a": torch.full((4,), 1.0)},
             {"a": torch.full((4,), 2.0)},

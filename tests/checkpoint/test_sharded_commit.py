@@ -80,7 +80,7 @@ class TestCommit:
     @pytest.mark.parametrize("disk_kind", [FaultyDisk, NoExchange])
     @pytest.mark.parametrize("persistent", [False, True])
     def test_disk_fails_at_each_call(self, tmp_path, disk_kind, persistent):
-        """Whichever call fails, the old checkpoint or the new one is whole under its name, and nothing else."""
+        """Whichever call fails, the old checkpoint or the new one is whole under its name; no rest stays."""
         # A disk that breaks for good still lets go of names and descriptors.
         leaving = {"unlink", "remove_folder", "close"} if persistent else set()
         calls = [name for name in CALLS if name not in leaving]

@@ -64,6 +64,13 @@ class TestSharded:
             assert all(torch.equal(state["optimizer"]["state"][name][key], moments[key]) for key in moments)
         assert {result["manifest"] for result in results} == {trainbus.verify(folder / "run" / "a").digest}
 
+    def test_tensors_that_one_rank_has(self, saved):
+        """A tensor that only one rank has, as a stage of a pipeline, is saved too."""
+        _, folder, _ = saved
+
+        stages = trainbus.load(folder / "run" / "a")["stages"]
+        assert {name: stage.tolist() for name, stage in stages.items()} == {str(n): [n, n] for n in range(4)}
+
     @pytest.mark.parametrize(
         ("saved", "ranks"), [("save", 4), ("save", 2), ("save", 1), ("save_hsdp", 2)], indirect=["saved"]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import select
@@ -44,7 +45,7 @@ def save(rank: int, folder: str, store: str, first: int, pipe: int, disk: Disk) 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
-    saver = ShardedSaver(dist.new_group(backend="gloo"))
+    saver = ShardedSaver(dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1)))
     whole = distribute_tensor(torch.zeros(64, 1000), mesh, [Shard(0)])
     with use_disk(disk):
         for step in range(first, 1_000_000):
@@ -88,6 +89,29 @@ def run_and_kill(folder: str, first: int, disk: Disk) -> int:
         with os.fdopen(read, "rb") as pipe:
             lines = (text + pipe.read()).split()
     return int(lines[-1]) if lines else last
+
+
+def one_killed(folder: str) -> dict[str, Any]:
+    """Kill rank 1 amid its first save; return what rank 0 was told, and what it has left."""
+    read, write = os.pipe()
+    with tempfile.TemporaryDirectory() as scratch:
+        ranks = []
+        for rank in range(RANKS):
+            child = os.fork()
+            if child == 0:
+                die_with_parent()
+                dies = FaultyDisk(calls=["fsync"], before=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+                try:
+                    save(rank, folder, f"{scratch}/store", 1, write, dies if rank == 1 else Disk())
+                except BaseException as error:
+                    os.write(write, f"{type(error).__name__}: {error}".encode())
+                os._exit(1)
+            ranks.append(child)
+        os.close(write)
+        for child in ranks:
+            os.waitpid(child, 0)
+        with os.fdopen(read) as pipe:
+            return {"told": pipe.read(), "left": os.listdir(folder)}
 
 
 def look(folder: str, last: int) -> list[str]:

@@ -5,6 +5,15 @@ from __future__ import annotations
 import pytest
 
 
+class TestOneKilled:
+    def test_others_are_told(self, ask, tmp_path):
+        """When one rank dies amid a save the others fail at once, however long their time-out, and tidy up."""
+        outcome = ask("sharded_loop.one_killed", folder=str(tmp_path))
+
+        assert outcome["told"].startswith("RankFailedError: the ranks did not do it together: ")
+        assert outcome["left"] == []
+
+
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
 class TestKilled:
     def test_at_each_call(self, ask, tmp_path, exchange):
