@@ -91,7 +91,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.sharded_format",
         "trainbus.checkpoint.temporary",
     },
-    "trainbus.checkpoint.sharded_state": set(),
+    "trainbus.checkpoint.sharded_state": {"trainbus.checkpoint.nesting"},
     "trainbus.checkpoint.sharded_writer": {
         *FILE,
         "trainbus.checkpoint.disk",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ class TestFlatten:
         """A state comes back as it was, whatever its keys and containers are."""
         flat = flatten(STATES[name])
 
-        assert same(unflatten(through_file(flat.structure), flat.tensors), STATES[name])
+        assert same(unflatten(through_file(flat.structure), flat.tensors, flat.others), STATES[name])
         assert list(names_in(flat.structure)) == list(flat.tensors)
         assert set(flat.paths) == {*flat.tensors, *flat.values}
 
@@ -83,6 +83,11 @@ class TestFlatten:
 
         back = unflatten(through_file(flat.structure), flat.tensors)
         assert back["module"]._metadata == state._metadata
+
+    def test_unknown_container(self):
+        """A container whose tensors would go unnoticed is refused."""
+        with pytest.raises(TypeError, match="Cannot copy a defaultdict"):
+            flatten({"a": [defaultdict(list)]})
 
     @pytest.mark.parametrize(
         "structure", [("strange", 1), ("tensor", "none"), ("dict", "list", [], {}), ("list", "dict", []), 7]

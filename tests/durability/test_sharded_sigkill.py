@@ -7,7 +7,7 @@ import pytest
 
 class TestOneKilled:
     def test_others_are_told(self, ask, tmp_path):
-        """When one rank dies amid a save the others fail at once, however long their time-out, and tidy up."""
+        """When one rank dies amid a save the others fail at once, however long their time-out is."""
         outcome = ask("sharded_loop.one_killed", folder=str(tmp_path))
 
         assert outcome["told"].startswith("RankFailedError: the ranks did not do it together: ")

@@ -32,7 +32,7 @@ from trainbus.checkpoint import collector
 from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.disk import disk_in_use
 from trainbus.checkpoint.file_format import Manifest
-from trainbus.checkpoint.sharded_state import STRUCTURE, flatten, writes_here
+from trainbus.checkpoint.sharded_state import STRUCTURE, flatten, local_part
 from trainbus.checkpoint.sharded_writer import WHOLE, Failure, Shard, ShardPlanner, ShardWriter, StagedState
 from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
@@ -223,11 +223,11 @@ class _SnapshotStager(AsyncStager):
         flat = flatten(state)
         with torch.no_grad():
             parts = {
-                name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                name: part
                 for name, tensor in flat.tensors.items()
-                if not isinstance(tensor, DTensor) or writes_here(tensor)
+                if (part := local_part(tensor) if isinstance(tensor, DTensor) else tensor) is not None
             }
-        self._snapshot = snapshot = self._stager.take((parts, flat.structure))
+        self._snapshot = snapshot = self._stager.take((parts, flat.others))
         try:
             self._stager.begin(snapshot)
         except BaseException as error:
@@ -235,8 +235,8 @@ class _SnapshotStager(AsyncStager):
             if snapshot.copy is not None:
                 snapshot.copy.give_up(error)
             raise
-        copies, structure = snapshot.state
-        entries: dict[str, Any] = {**flat.values, STRUCTURE: structure}
+        copies, others = snapshot.state
+        entries: dict[str, Any] = {**flat.values, STRUCTURE: (flat.structure, others)}
         for name, copy in copies.items():
             whole = flat.tensors[name]
             entries[name] = Shard(copy, whole, self._items) if isinstance(whole, DTensor) else copy

@@ -177,12 +177,14 @@ class _Contents:
 
     Attributes:
         structure: As `flatten` made it on rank 0.
+        others: The tensors that it has by index.
     """
 
     path: str
     files: ShardedFiles
     metadata: Metadata
     structure: Any
+    others: list[torch.Tensor]
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Return what is known of each tensor, by name."""
@@ -194,7 +196,7 @@ class _Contents:
     ) -> Any:
         """Put a state together; of tensors that only other ranks than 0 had, the names say where they go."""
         try:
-            state = unflatten(structure, tensors)
+            state = unflatten(structure, tensors, self.others)
             known = set(names_in(self.structure))
             for name, keys in (self.metadata.planner_data or {}).items():
                 if name in tensors and name not in known and (only is None or keys[0] in only):
@@ -256,7 +258,7 @@ def _open(path: str | os.PathLike[str], to_check: Callable[[ShardedFiles], Colle
         raise CheckpointCorruptError(
             path, f"its {METADATA} names {min(strange)!r}, which is none of its files"
         )
-    contents = _Contents(path, files, metadata, _read_structure(path, structure))
+    contents = _Contents(path, files, metadata, *_read_structure(path, structure))
     for name, one in contents.tensors().items():
         # What no piece covers would be whatever was in memory.
         if sum(math.prod(chunk.sizes) for chunk in one.chunks) != math.prod(one.size):
@@ -264,15 +266,16 @@ def _open(path: str | os.PathLike[str], to_check: Callable[[ShardedFiles], Colle
     return contents
 
 
-def _read_structure(path: str, place: Any) -> Any:
+def _read_structure(path: str, place: Any) -> tuple[Any, list[torch.Tensor]]:
     with open(os.path.join(path, place.relative_path), "rb") as file:
         file.seek(place.offset)
         content = io.BytesIO(file.read(place.length))
     try:
         with torch.sparse.check_sparse_tensor_invariants(True):  # type: ignore[no-untyped-call]
-            return torch.load(content, map_location="cpu", weights_only=True)
+            structure, others = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointCorruptError(path, f"its structure cannot be read ({error})") from error
+    return structure, others
 
 
 def _targets(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-__all__ = ["STRUCTURE", "FlatState", "flatten", "names_in", "part_of", "unflatten", "writes_here"]
+from trainbus.checkpoint.nesting import tensors_in
+
+__all__ = ["STRUCTURE", "FlatState", "flatten", "local_part", "names_in", "part_of", "unflatten"]
 
 STRUCTURE = "trainbus.structure"
 """The name under which the nesting and all that is no tensor is kept."""
@@ -34,18 +36,25 @@ class FlatState:
         tensors: By name, those that are divided among ranks or may be: `DTensor` and strided ones.
         values: By name, what is no tensor.
         paths: By name, the keys from the top; an int is an index of a list.
-        structure: Nested tuples that say what is where, for `unflatten`. Holds the values too, and
-            tensors of other layouts.
+        structure: Nested tuples that say what is where, for `unflatten`. Holds the values too.
+        others: Tensors of other layouts, as sparse ones, which nobody divides; the structure names them
+            by their index.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, _Path] = field(default_factory=dict)
     structure: Any = None
+    others: list[torch.Tensor] = field(default_factory=list)
 
 
 def flatten(state: Any) -> FlatState:
-    """Take *state* apart: tensors and plain values in dict, OrderedDict, Counter, list, tuple and set."""
+    """
+    Take *state* apart: tensors and plain values in dict, OrderedDict, Counter, list, tuple and set.
+
+    Raises:
+        TypeError: Another kind of container, whose tensors would go unnoticed.
+    """
     flat = FlatState()
     flat.structure = _node(state, (), flat)
     if flat.structure[0] == "value":
@@ -53,13 +62,14 @@ def flatten(state: Any) -> FlatState:
     return flat
 
 
-def unflatten(structure: Any, tensors: Mapping[str, Any]) -> Any:
+def unflatten(structure: Any, tensors: Mapping[str, Any], others: Sequence[Any] = ()) -> Any:
     """
     Put a state together again.
 
     Args:
         structure: As `flatten` made it, read from a file perhaps.
         tensors: By name, what to put in the tensors' places; as many as the structure names.
+        others: The same for tensors of other layouts.
 
     Raises:
         ValueError, TypeError, KeyError, RecursionError: *structure* is none, or names what is not there.
@@ -69,15 +79,17 @@ def unflatten(structure: Any, tensors: Mapping[str, Any]) -> Any:
         return content
     if tag == "tensor":
         return tensors[content]
+    if tag == "other":
+        return others[content]
     if tag == "list":
         (nodes,) = rest
-        return _SEQUENCES[content]([unflatten(node, tensors) for node in nodes])
+        return _SEQUENCES[content]([unflatten(node, tensors, others) for node in nodes])
     if tag != "dict":
         raise ValueError(f"{tag!r} is no kind of node")
     items, attributes = rest
     mapping = _MAPPINGS[content]()
     for key, node in items:
-        mapping[key] = unflatten(node, tensors)
+        mapping[key] = unflatten(node, tensors, others)
     if attributes:
         mapping.__dict__.update(attributes)
     return mapping
@@ -105,19 +117,22 @@ def part_of(structure: Any, keys: Collection[str]) -> Any:
     return tag, kind, [(key, node) for key, node in items if key in keys], attributes
 
 
-def writes_here(tensor: DTensor) -> bool:
+def local_part(tensor: DTensor) -> torch.Tensor | None:
     """
-    Tell whether this rank writes its part of *tensor*: of replicas only the first does.
+    Return this rank's part of *tensor*, or None if it has none or another rank writes the same.
 
-    Needs no other rank: where a rank stands in the tensor's mesh says which replica it is.
+    Of replicas only the first is written. Needs no other rank: where this one stands in the tensor's mesh
+    says which replica it has.
     """
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
-        return False
-    if tensor.numel() and not tensor.to_local().numel():
-        return False  # there were not enough rows for all
-    replicas = zip(tensor.placements, coordinate, strict=True)
-    return not any(placement.is_replicate() and at > 0 for placement, at in replicas)
+        return None
+    for placement, at in zip(tensor.placements, coordinate, strict=True):
+        if at and placement.is_replicate():
+            return None
+    part = tensor.to_local()
+    # Where there are fewer rows than ranks, some have none.
+    return part if part.numel() or not tensor.numel() else None
 
 
 def _node(value: Any, path: _Path, flat: FlatState) -> Any:
@@ -131,7 +146,8 @@ def _node(value: Any, path: _Path, flat: FlatState) -> Any:
 def _describe(value: Any, path: _Path, flat: FlatState) -> Any:
     if isinstance(value, torch.Tensor):
         if not isinstance(value, DTensor) and not _is_strided(value):
-            return "value", value
+            flat.others.append(value)
+            return "other", len(flat.others) - 1
         name = _new_name(path, flat)
         flat.tensors[name] = value
         return "tensor", name
@@ -147,6 +163,7 @@ def _describe(value: Any, path: _Path, flat: FlatState) -> Any:
         if all(node[0] == "value" for node in nodes):
             return "value", value
         return "list", kind.__name__, nodes
+    tensors_in(value)  # refuses containers of other kinds
     return "value", value
 
 
@@ -165,7 +182,7 @@ def _add_values(value: Any, path: _Path, flat: FlatState) -> None:
     elif type(value) is list and _holds_mapping(value):
         for index, item in enumerate(value):
             _add_values(item, (*path, index), flat)
-    elif not isinstance(value, torch.Tensor):  # of a layout that only the structure can hold
+    else:
         flat.values[_new_name(path, flat)] = value
 
 
