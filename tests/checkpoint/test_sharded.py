@@ -91,6 +91,8 @@ class TestSave:
         states = [
             {"a": torch.full((4,), 1.0)},
             {"a": torch.full((4,), 2.0)},
+            {"a": torch.full((4,), 2, dtype=torch.int32)},
+            {"a": torch.full((4,), 2.5)},
             {"a": torch.full((6,), 3.0), "b": torch.full((2,), 3.0)},
             {"b": torch.full((2,), 4.0)},
             {"a": torch.full((4,), 5, dtype=torch.int8), "c": {"d": 5}},
@@ -100,7 +102,9 @@ class TestSave:
             loaded = trainbus.load(tmp_path / "a")
             assert list(loaded) == list(state)
             assert all(
-                torch.equal(loaded[key], state[key]) for key in state if isinstance(state[key], torch.Tensor)
+                loaded[key].dtype == state[key].dtype and torch.equal(loaded[key], state[key])
+                for key in state
+                if isinstance(state[key], torch.Tensor)
             )
 
     def test_some_at_once(self, group, tmp_path):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
@@ -132,6 +132,7 @@ class ShardPlanner(DefaultSavePlanner):
     def __init__(self, cache: str) -> None:
         super().__init__(dedup_save_to_lowest_rank=True, enable_plan_caching=True)
         self._cached_plans_key = cache
+        self._proposed: SavePlan | None = None
 
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -140,6 +141,19 @@ class ShardPlanner(DefaultSavePlanner):
         staged = state_dict[WHOLE]
         self.state_dict, self.mappings, self.is_coordinator = staged.entries, staged.paths, is_coordinator
 
+    def create_local_plan(self) -> SavePlan:
+        """
+        Return this rank's plan, or an empty one where it is that of the save before.
+
+        Torch's own comparison passes over dtypes, and some versions keep a plan that came to nothing.
+        """
+        plan = create_default_local_save_plan(self.state_dict, self.is_coordinator)
+        self.plan = plan = dataclasses.replace(plan, planner_data=self.mappings)
+        if SavePlanner._cached_save_plan.get(self._cached_plans_key) == plan:
+            return SavePlan([], usable=False)
+        self._proposed = plan
+        return plan
+
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Do what torch does, with a copy of the metadata, because it keeps the original for next time."""
         plans, metadata = super().create_global_plan(all_plans)
@@ -147,7 +161,10 @@ class ShardPlanner(DefaultSavePlanner):
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Take over the plan, from the save before perhaps, but with the place of this one."""
-        return dataclasses.replace(super().finish_plan(new_plan), storage_data=new_plan.storage_data)
+        final = super().finish_plan(new_plan)
+        if self._proposed is not None:
+            SavePlanner._cached_save_plan[self._cached_plans_key] = self._proposed
+        return dataclasses.replace(final, storage_data=new_plan.storage_data)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """Return what is to be written for *index*."""
