@@ -111,11 +111,19 @@ class TestSave:
         """With max_pending=2 a save returns while another is unfinished, a third waits; none is mixed up."""
         saver = ShardedSaver(group, max_pending=2)
         go = threading.Event()
-        with FaultyDisk(calls=["create"], before=lambda name, number: go.wait(WAIT)):
+        threads = []
+
+        def hold(name, number):
+            threads.append(threading.current_thread())
+            go.wait(WAIT)
+
+        with FaultyDisk(calls=["create"], before=hold):
             first, second = (
                 saver.save(tmp_path / str(step), {"a": torch.full((3,), step)}, manifest) for step in (0, 1)
             )
             assert not first.done() and not second.done()
+            threading.Event().wait(0.3)  # in which the second would come, if it did not wait for the first
+            assert len(set(threads)) == 1
             go.set()
             third = saver.save(tmp_path / "2", {"a": torch.full((3,), 2)}, manifest)
             assert first.done()
@@ -141,10 +149,11 @@ class TestSave:
         assert all(torch.equal(value.full_tensor(), before[name]) for name, value in model.named_parameters())
         assert optimizer.param_groups[0]["lr"] == 1e-3
 
-    def test_failed_disk(self, saver, tmp_path):
+    @pytest.mark.parametrize("size", [3, 12 << 20], ids=["at the end", "amid a tensor"])
+    def test_failed_disk(self, saver, tmp_path, size):
         """A disk that fails is told with its number, nothing is left, and the next save succeeds."""
         with FaultyDisk(errno.ENOSPC, calls=["write"]):
-            pending = saver.save(tmp_path / "a", {"a": torch.ones(3)}, manifest)
+            pending = saver.save(tmp_path / "a", {"a": torch.ones(size)}, manifest)
             with pytest.raises(
                 RankFailedError, match=r"failed on rank 0: \[Errno 28\] No space left"
             ) as info:
@@ -214,6 +223,20 @@ class TestLoad:
         assert loaded["replica"].tolist() == [0, 1, 2, 3] and loaded["scalar"].shape == ()
         assert loaded["none"].shape == (0, 3) and loaded["complex"].tolist() == [1 - 2j]
         assert torch.equal(loaded["sparse"].to_dense(), torch.eye(2))
+
+    def test_flipped_bits(self, tmp_path, save_sharded):
+        """No bit of a shard can flip unnoticed; without verification the metadata is checked all the same."""
+        save_sharded(tmp_path / "a", {"a": torch.ones(300)})
+        for name in ("__0_0.distcp", METADATA):
+            whole = (tmp_path / "a" / name).read_bytes()
+            for at in range(0, len(whole), len(whole) // 20):
+                content = bytearray(whole)
+                content[at] ^= 1
+                (tmp_path / "a" / name).write_bytes(content)
+                for verify in {True, name != METADATA}:  # of a shard only if it is asked for
+                    with pytest.raises(CheckpointCorruptError, match=f"{name} does not have the digest"):
+                        trainbus.load(tmp_path / "a", verify=verify)
+            (tmp_path / "a" / name).write_bytes(whole)
 
     def test_device(self, tmp_path, save_sharded):
         """Tensors go where map_location says; what is no device is refused."""

@@ -112,7 +112,6 @@ class ShardedSaver:
             disk=disk_in_use(),
             writers=self._writers,
             ready=snapshots.wait,
-            release=snapshots.close,
             before=self._sweeper.sweep_once,
         )
         snapshots.fail = lambda error: setattr(writer, "failed_to_stage", error)

@@ -187,7 +187,6 @@ class ShardWriter(FileSystemWriter):
         disk: What writes.
         writers: Threads that write.
         ready: Called before the first byte is taken from the state; raises what kept it from being copied.
-        release: Called when the state is not needed any more, also after a failure.
         before: Called on rank 0 with the folder that the checkpoint goes to.
     """
 
@@ -199,7 +198,6 @@ class ShardWriter(FileSystemWriter):
         disk: Disk,
         writers: ChunkWriters,
         ready: Callable[[], None] = lambda: None,
-        release: Callable[[], None] = lambda: None,
         before: Callable[[str], None] = lambda folder: None,
     ) -> None:
         # No copying ahead: what is written is in host memory already.
@@ -211,7 +209,6 @@ class ShardWriter(FileSystemWriter):
         self._disk = disk
         self._writers = writers
         self._ready = ready
-        self._release = release
         self._before = before
         self._pending: PendingFolder | None = None
         self._failure: Failure | None = None
@@ -250,8 +247,6 @@ class ShardWriter(FileSystemWriter):
                     results = self._write_shards(plan, planner)
         except Exception as error:
             results = [Failure.of(self.rank or 0, error)]
-        finally:
-            self._release()
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
