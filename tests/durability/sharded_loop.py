@@ -176,8 +176,10 @@ def killed_at_each_call(folder: str, exchange: bool = True) -> dict[str, Any]:
             _save_alone(path, number + 1, calls)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        found = {file.manifest.global_step for file in CheckpointFolder(folder)}
+        found = set()
         try:
+            for file in CheckpointFolder(folder):
+                found.add(trainbus.verify(file.path).global_step)
             trainbus.verify(path)
             step = int(trainbus.load(path)["w"][0])
         except (trainbus.CheckpointError, OSError) as error:

@@ -19,7 +19,7 @@ class TestKilled:
     def test_at_each_call(self, ask, tmp_path, exchange):
         """
         Whichever call to the disk a save dies before, the old checkpoint or the new one is loaded under its
-        name, whole, and listed; and the next save leaves nothing else.
+        name; all that is listed is whole; and the next save leaves nothing else.
         """
         outcome = ask("sharded_loop.killed_at_each_call", folder=str(tmp_path), exchange=exchange)
 

@@ -15,12 +15,7 @@ from trainbus.checkpoint.disk import Disk
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
 from trainbus.checkpoint.sharded_format import DIGESTS, MANIFEST, METADATA, seal_folder
-from trainbus.checkpoint.temporary import (
-    create_temporary_folder,
-    remove_tree,
-    replaced_name,
-    temporary_folder_name,
-)
+from trainbus.checkpoint.temporary import create_temporary_folder, discard, replaced_name
 from trainbus.errors import UnsyncedNameError
 
 __all__ = ["PendingFolder", "Written", "remove_sharded", "write_file"]
@@ -136,7 +131,7 @@ class PendingFolder:
         if replaced is not None:
             # Not worth failing for: the next sweep removes it.
             with contextlib.suppress(OSError):
-                remove_tree(disk, self.parent, replaced)
+                discard(disk, self.parent, replaced)
         return final
 
     def close(self) -> None:
@@ -153,12 +148,7 @@ def remove_sharded(disk: Disk, folder: int, name: str) -> None:
         OSError: It could not be removed, or holds what is none of ours; then all of it is still there.
     """
     _refuse_foreign(disk, folder, name)
-    hidden = temporary_folder_name(name)
-    disk.rename(folder, name, hidden)
-    disk.fsync_folder(folder)
-    # Whatever is left of it from here on is swept as an unfinished one.
-    with contextlib.suppress(FileNotFoundError):
-        remove_tree(disk, folder, hidden)
+    discard(disk, folder, name)
 
 
 def _put_in_place(disk: Disk, folder: int, new: str, name: str) -> str | None:

@@ -25,10 +25,9 @@ __all__ = [
     "Sweeper",
     "create_temporary",
     "create_temporary_folder",
-    "remove_tree",
+    "discard",
     "replaced_name",
     "sweep",
-    "temporary_folder_name",
 ]
 
 _log = logging.getLogger("trainbus")
@@ -88,7 +87,7 @@ def create_temporary_folder(disk: Disk, folder: int, final_name: str) -> Iterato
             yield name
         finally:
             with contextlib.suppress(OSError):
-                remove_tree(disk, folder, name)
+                _remove_tree(disk, folder, name)
             # From now on nothing keeps a sweep from what may be left.
             with contextlib.suppress(OSError):
                 disk.unlink(folder, lock)
@@ -174,13 +173,24 @@ class Sweeper:
             _log.info("Removed %d unfinished file(s) that dead runs have left in %r.", len(names), folder)
 
 
-def remove_tree(disk: Disk, folder: int, name: str) -> None:
+def discard(disk: Disk, folder: int, name: str) -> None:
     """
-    Remove a folder with the files directly in it, or a file; one that is not there is fine.
+    Remove a folder with the files directly in it, or a file, durably. At no moment it is there in part.
 
     Raises:
-        OSError: Something in it cannot be removed, e.g. a folder.
+        FileNotFoundError: It is not there.
+        OSError: It could not be hidden; then it is whole. What is hidden and cannot be removed is left to
+            sweeps.
     """
+    hidden = _temporary_name(name) + _FOLDER_ENDING
+    disk.rename(folder, name, hidden)
+    disk.fsync_folder(folder)
+    with contextlib.suppress(OSError):
+        _remove_tree(disk, folder, hidden)
+
+
+def _remove_tree(disk: Disk, folder: int, name: str) -> None:
+    """Remove a folder with the files directly in it, or a file; one that is not there is fine."""
     try:
         inside = disk.enter_folder(folder, name)
     except FileNotFoundError:
@@ -224,7 +234,7 @@ def _remove_folder_if_dead(disk: Disk, folder: int, name: str) -> bool:
     else:
         return False
     try:
-        remove_tree(disk, folder, name)
+        _remove_tree(disk, folder, name)
     except OSError:
         return False
     return True
@@ -234,17 +244,12 @@ def _put_back(disk: Disk, folder: int, old: str, name: str) -> bool:
     """Give a checkpoint that was to be replaced its name back, or remove it if the new one has come."""
     try:
         if name in disk.names(folder):
-            remove_tree(disk, folder, old)
+            discard(disk, folder, old)
             return True
         disk.rename(folder, old, name)
     except OSError:
         pass
     return False
-
-
-def temporary_folder_name(final_name: str) -> str:
-    """Return a new name for a folder that is to be removed."""
-    return _temporary_name(final_name) + _FOLDER_ENDING
 
 
 def replaced_name(name: str) -> str:
