@@ -151,6 +151,15 @@ class TestOthers:
             assert code == 1 and text.startswith(f"damaged  {path}") and f"damaged: {name})" in text
         assert json.loads(run("verify", path, "--json")[1])["parts"] == [name]
 
+    def test_diff_and_export(self, tmp_path, path):
+        """`diff` and `export` take a sharded checkpoint in a file's place."""
+        run("consolidate", path, tmp_path / "out.pt")
+
+        assert run("diff", path, tmp_path / "out.pt")[0] == 0
+        assert run("export", path, tmp_path / "w.safetensors")[0] == 0
+        assert run("export", tmp_path / "out.pt", tmp_path / "v.safetensors")[0] == 0
+        assert (tmp_path / "v.safetensors").read_bytes() == (tmp_path / "w.safetensors").read_bytes()
+
     def test_prune(self, tmp_path, save_sharded):
         """`prune` removes sharded checkpoints whole."""
         for step in range(3):

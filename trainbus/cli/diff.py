@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import typer
 
-from trainbus.checkpoint.load import load_file
+from trainbus.checkpoint.load import load_checkpoint
 from trainbus.cli.text import printable
 from trainbus.errors import TrainbusError
 
@@ -154,6 +154,6 @@ def _jsonable(one: Difference) -> dict[str, Any]:
 
 def _load(path: str) -> Any:
     try:
-        return load_file(path)[0]
+        return load_checkpoint(path)[0]
     except (TrainbusError, OSError) as error:
         raise typer.BadParameter(str(error)) from error

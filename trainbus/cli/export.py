@@ -12,7 +12,7 @@ import torch
 import typer
 
 from trainbus.checkpoint.file_format import Manifest
-from trainbus.checkpoint.load import load_file
+from trainbus.checkpoint.load import load_checkpoint
 from trainbus.cli.whole_file import write_whole
 from trainbus.errors import MissingExtraError, TrainbusError
 
@@ -63,7 +63,7 @@ def run(file: str, target: str, *, force: bool, as_json: bool) -> None:
 
 def _read(file: str) -> tuple[Any, Manifest | None]:
     try:
-        return load_file(file)
+        return load_checkpoint(file)
     except (TrainbusError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
 
