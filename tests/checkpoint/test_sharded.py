@@ -164,6 +164,23 @@ class TestSave:
         saver.save(tmp_path / "a", {"a": torch.ones(3)}, manifest).result(WAIT)
         assert trainbus.load(tmp_path / "a")["a"].sum() == 3
 
+    def test_name_that_could_not_be_synced(self, saver, tmp_path):
+        """Where only the last sync fails, the error says that the new checkpoint is there."""
+        with FaultyDisk() as disk:
+            real = disk.exchange
+
+            def exchange(folder, one, other):
+                disk.fsync_folder = FaultyDisk(errno.EIO, calls=["fsync_folder"]).fsync_folder
+                return real(folder, one, other)
+
+            disk.exchange = exchange
+            pending = saver.save(tmp_path / "a", {"a": torch.ones(3)}, manifest)
+            with pytest.raises(RankFailedError, match="the new checkpoint is there, but a power cut") as info:
+                pending.result(WAIT)
+
+        assert info.value.errno == errno.EIO
+        assert trainbus.load(tmp_path / "a")["a"].sum() == 3
+
     def test_state_that_cannot_be_copied(self, saver, tmp_path):
         """What keeps a state from being copied comes out of the future, where all ranks hear of it."""
 

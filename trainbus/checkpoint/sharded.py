@@ -50,7 +50,8 @@ class ShardedSaver:
     use that group. They fail after the group's time-out where a rank does not come.
 
     Args:
-        group: A gloo group of all ranks that take part, made for this; rank 0 of it commits.
+        group: A gloo group of all ranks that take part, made for this; rank 0 of it commits. Its time-out
+            has to be longer than the slowest rank's write, for which the others wait in it.
         max_pending: Saves that may be unfinished at once; each has host memory of its own.
         device_snapshot: Whether to copy CUDA tensors on their device first: ``"auto"``, True, False.
     """
@@ -101,7 +102,7 @@ class ShardedSaver:
         Returns:
             A future of what the checkpoint says of itself, on every rank the same; done means durable.
             It fails with `RankFailedError`, on every rank with the same, if the save failed on any; the
-            old checkpoint is untouched then.
+            old checkpoint is untouched then, unless the message says that the new one is there.
         """
         self._wait_for_room()
         self._writers.start()

@@ -349,6 +349,8 @@ def _read_into(
             rank, (cause, _) = min(
                 error.failures.items(), key=lambda failure: failure[0], default=(0, (error, None))
             )
+            if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+                raise cause from error
             if isinstance(cause, OSError):
                 raise RankFailedError(rank, str(cause), cause.errno) from error
             raise CheckpointCorruptError(contents.path, f"it cannot be read ({cause})") from error

@@ -28,7 +28,7 @@ from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.sharded_commit import PendingFolder, Written, write_file
 from trainbus.checkpoint.sharded_format import METADATA
 from trainbus.checkpoint.sharded_state import STRUCTURE
-from trainbus.errors import RankFailedError
+from trainbus.errors import RankFailedError, UnsyncedNameError
 
 __all__ = ["WHOLE", "Failure", "NotStagedError", "Shard", "ShardPlanner", "ShardWriter", "StagedState"]
 
@@ -94,6 +94,9 @@ class Failure:
         """Describe *error*, which *rank* met."""
         if isinstance(error, NotStagedError):
             return cls(rank, str(error))
+        if isinstance(error, UnsyncedNameError):
+            there = "the new checkpoint is there, but a power cut may bring the old one back"
+            return cls(rank, f"{error}; {there}", error.errno)
         if isinstance(error, OSError) and error.errno:
             return cls(rank, str(error), error.errno)
         return cls(rank, f"{type(error).__name__}: {error}")
