@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch.distributed as dist
 
-from trainbus import ranks
+from trainbus import CheckpointWriteError, ranks
 
 
 class TestRank:
@@ -41,7 +43,87 @@ class TestRank:
         assert ranks.rank() == 0
 
 
-class TestGather:
-    def test_alone_gives_the_value(self):
-        """Without a process group there is one value."""
-        assert ranks.gather({"a": 1}) == [{"a": 1}]
+class FakeTable:
+    """Stands in for the group: the words of the other ranks are given, rank 0's answer is worked out."""
+
+    def __init__(self, *others):
+        self.others = [pickle.dumps(one) for one in others]
+        self.met = []
+
+    def exchange(self, what, mine, answer):
+        self.met.append(what)
+        rank = ranks.rank()
+        return answer([*self.others[:rank], mine, *self.others[rank:]])
+
+
+@pytest.fixture
+def meet(monkeypatch):
+    """Return a function that puts this process among others, as the given rank."""
+
+    def at(rank, *others):
+        table = FakeTable(*others)
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(ranks, "together", lambda: True)
+        monkeypatch.setattr(ranks, "_table", lambda: table)
+        return table
+
+    return at
+
+
+class TestAlone:
+    def test_each_gives_the_value(self, monkeypatch):
+        """Without other ranks nothing is exchanged: one value, and what is decided here counts."""
+        monkeypatch.delenv("RANK", raising=False)
+
+        assert not ranks.together()
+        assert ranks.gather({"a": 1}) == ranks.gather_to_first({"a": 1}) == [{"a": 1}]
+        assert ranks.agree("x") == ranks.decide(lambda: "x") == "x"
+
+    def test_launcher_without_a_group(self, monkeypatch):
+        """Under a launcher, before the process group exists, nobody is waited for."""
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        ranks.join()
+
+        assert (ranks.gather("x"), ranks.gather_to_first("x")) == (["x"], None)
+
+
+class TestTogether:
+    def test_gather(self, meet):
+        """Every rank gets what each one gave, in their order, and the text says where they met."""
+        table = meet(1, "zero", "two")
+
+        assert ranks.gather("one", "the test") == ["zero", "one", "two"]
+        assert table.met == ["the test"]
+
+    def test_gather_to_first(self, meet):
+        """Rank 0 alone gets them."""
+        meet(0, "one")
+        assert ranks.gather_to_first("zero") == ["zero", "one"]
+        meet(1, "zero")
+        assert ranks.gather_to_first("one") is None
+
+    def test_agree(self, meet):
+        """Rank 0's value is everybody's."""
+        meet(1, "mine")
+
+        assert ranks.agree("yours") == "mine"
+
+    def test_decide(self, meet):
+        """What is decided is decided on rank 0 and called nowhere else."""
+        meet(1, ("here", None))
+
+        assert ranks.decide(lambda: 1 / 0) == "here"
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_decide_raises_everywhere(self, meet, rank):
+        """An error on rank 0 is raised on every rank, with its attributes."""
+        error = CheckpointWriteError("a.pt", 3, OSError(28, "No space left on device"))
+
+        def fail():
+            raise error
+
+        meet(rank, (None, error))
+        with pytest.raises(CheckpointWriteError, match=r"'a\.pt' of global step 3") as info:
+            ranks.decide(fail)
+        assert (info.value.path, info.value.errno, info.value.seen) == ("a.pt", 28, False)

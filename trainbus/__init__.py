@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trainbus.errors import CheckpointLockedError as CheckpointLockedError
     from trainbus.errors import CheckpointSkipped as CheckpointSkipped
     from trainbus.errors import CheckpointWriteError as CheckpointWriteError
+    from trainbus.errors import RankError as RankError
     from trainbus.errors import RankFailedError as RankFailedError
     from trainbus.errors import SnapshotChangedError as SnapshotChangedError
     from trainbus.errors import TrainbusError as TrainbusError
@@ -50,6 +51,7 @@ _HOME = {
     "Handler": "handler",
     "Manifest": "checkpoint.file_format",
     "PendingSave": "checkpoint.pending_save",
+    "RankError": "errors",
     "RankFailedError": "errors",
     "SnapshotChangedError": "errors",
     "Subscription": "bus",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "CheckpointCorruptError",
@@ -19,6 +20,7 @@ __all__ = [
     "HandlerClosedError",
     "MissingExtraError",
     "PayloadError",
+    "RankError",
     "RankFailedError",
     "SnapshotChangedError",
     "StateMismatchError",
@@ -61,6 +63,19 @@ class StateMismatchError(TrainbusError, ValueError):
     """A checkpoint's content does not fit the handler it is loaded into."""
 
 
+class RankError(TrainbusError, RuntimeError):
+    """
+    The ranks of a distributed run did not meet: one did not come, has died, or came to something else.
+
+    Attributes:
+        missing: The ranks that did not come; empty if they came to something else.
+    """
+
+    def __init__(self, message: str, missing: Iterable[int]) -> None:
+        self.missing = list(missing)
+        super().__init__(message)
+
+
 class MissingExtraError(TrainbusError, ImportError):
     """A command needs a package that is not installed; the message says which extra brings it."""
 
@@ -93,6 +108,11 @@ class CheckpointError(TrainbusError):
     """
 
     seen: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Rank 0 tells the others of an error; the constructors take other things than the message.
+        number = {"errno": self.errno} if isinstance(self, OSError) else {}
+        return _rebuilt, (type(self), self.args, {**vars(self), **number})
 
 
 class UnsyncedNameError(TrainbusError, OSError):
@@ -217,6 +237,16 @@ class CheckpointSkipped(CheckpointError):
         self.path = path
         self.reason = reason
         super().__init__(f"Checkpoint {path!r} was not saved: {reason}.")
+
+
+def _rebuilt(
+    kind: type[CheckpointError], args: tuple[Any, ...], attributes: dict[str, Any]
+) -> CheckpointError:
+    error = kind.__new__(kind)
+    error.args = args
+    for name, value in attributes.items():
+        setattr(error, name, value)
+    return error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

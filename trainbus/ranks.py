@@ -1,45 +1,197 @@
-"""Which process of a distributed run this is. The only collectives of trainbus are here.
+"""Which process of a distributed run this is, and what the ranks tell each other.
 
-Works without ``torch.distributed``; imports no torch of its own accord.
+The only collectives of trainbus are here, all on the training thread. Works without
+``torch.distributed``; imports no torch of its own accord.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import sys
+import weakref
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["gather", "rank", "world_size"]
+if TYPE_CHECKING:
+    from trainbus.rank_table import RankTable
+
+__all__ = [
+    "agree",
+    "decide",
+    "exchange",
+    "gather",
+    "gather_to_first",
+    "join",
+    "rank",
+    "separate_group",
+    "together",
+    "world_size",
+]
+
+T = TypeVar("T")
+
+TIMEOUT = 60.0  # seconds
+
+_tables: weakref.WeakKeyDictionary[Any, RankTable] = weakref.WeakKeyDictionary()  # by default process group
+_engine_groups: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+_timeout = TIMEOUT
 
 
 def rank() -> int:
     """Return this process's rank: from the process group, else from ``RANK``, else 0."""
-    group = _process_group()
-    return int(group.get_rank()) if group else _from_environment("RANK", 0)
+    distributed = _process_group()
+    return int(distributed.get_rank()) if distributed else _from_environment("RANK", 0)
 
 
 def world_size() -> int:
     """Return the number of processes: from the process group, else from ``WORLD_SIZE``, else 1."""
-    group = _process_group()
-    return int(group.get_world_size()) if group else _from_environment("WORLD_SIZE", 1)
+    distributed = _process_group()
+    return int(distributed.get_world_size()) if distributed else _from_environment("WORLD_SIZE", 1)
 
 
-def gather(value: Any) -> list[Any]:
+def together() -> bool:
+    """Return whether there are other ranks that can be told something: a process group of several."""
+    distributed = _process_group()
+    return distributed is not None and distributed.get_world_size() > 1
+
+
+def join(timeout: float = TIMEOUT) -> None:
     """
-    Return every rank's *value*, in order of rank; ``[value]`` without a process group.
+    Make the group in which the ranks meet, apart from the script's own; a handler does when it is made.
 
-    Collective: every rank calls it, on its training thread. Blocks until all have come.
+    Collective, and once for each default process group and time-out. Does nothing where there is no other
+    rank. What comes first without it makes the group, so all ranks have to come to the same.
 
     Args:
-        value: Anything that can be pickled; small, because every rank gets all of them.
+        timeout: Seconds that a rank waits for the others, from now on.
+
+    Raises:
+        RankError: Not all ranks came.
     """
-    group = _process_group()
-    if group is None:
+    global _timeout
+    _timeout = timeout
+    if together():
+        _table()
+
+
+def agree(value: T, what: str = "agree()") -> T:
+    """
+    Return rank 0's *value* on every rank; what the others give does not matter.
+
+    Collective: every rank calls it, on its training thread. Blocks until all have come. Takes two small
+    messages for each rank; alone, nothing.
+
+    Args:
+        value: Anything that can be pickled.
+        what: At what the ranks meet, the same text on all of them, for the error if they are not.
+
+    Raises:
+        RankError: A rank did not come in time, is dead, or came to something else.
+    """
+    if not together():
+        return value
+    mine = pickle.dumps(value) if rank() == 0 else b""
+    agreed: T = pickle.loads(_table().exchange(what, mine, lambda words: words[0]))
+    return agreed
+
+
+def decide(call: Callable[[], T], what: str = "decide()") -> T:
+    """
+    Return on every rank what *call* returns on rank 0, where alone it is called, or raise what it raises.
+
+    Collective, see `agree`, but all ranks wait for *call* up to the time-out.
+    """
+    if not together():
+        return call()
+    result: Any = None
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            result = call()
+        except Exception as error:
+            failure = error
+    result, failure = agree((result, failure), what)
+    if failure is not None:
+        raise failure
+    decided: T = result
+    return decided
+
+
+def gather(value: T, what: str = "gather()") -> list[T]:
+    """
+    Return every rank's *value*, in order of rank, on every rank; ``[value]`` without other ranks.
+
+    Collective, see `agree`. *value* should be small, because every rank gets all of them.
+    """
+    if not together():
         return [value]
-    values: list[Any] = [None] * group.get_world_size()
-    group.all_gather_object(values, value)
-    return values
+    values = _table().exchange(what, pickle.dumps(value), pickle.dumps)
+    return [pickle.loads(one) for one in pickle.loads(values)]
+
+
+def gather_to_first(value: T, what: str = "gather_to_first()") -> list[T] | None:
+    """
+    Return every rank's *value*, in order of rank, on rank 0, and None on the others.
+
+    Collective, see `agree`.
+    """
+    if not together():
+        return [value] if rank() == 0 else None
+    gathered: list[bytes] = []
+
+    def keep(words: list[bytes]) -> bytes:
+        gathered.extend(words)
+        return b""
+
+    _table().exchange(what, pickle.dumps(value), keep)
+    return [pickle.loads(one) for one in gathered] if rank() == 0 else None
+
+
+def exchange(what: str, mine: bytes, answer: Callable[[list[bytes]], bytes]) -> bytes:
+    """
+    Give rank 0 each rank's *mine* and return on every rank what it answers; see `agree`.
+
+    The one collective of which the others are made. Needs a process group of several ranks.
+
+    Args:
+        what: At what the ranks meet, the same text on all of them.
+        mine: What this rank says.
+        answer: Called on rank 0 with what all ranks say, in order of rank. Must not raise.
+    """
+    return _table().exchange(what, mine, answer)
+
+
+def separate_group(purpose: str) -> Any:
+    """
+    Return a gloo group of all ranks for an engine that has collectives of its own, also off this thread.
+
+    Collective when it is made: once for each *purpose* and default process group. Needs one of several ranks.
+
+    Raises:
+        RankError: Not all ranks came.
+    """
+    from trainbus.rank_table import new_group
+
+    groups = _engine_groups.setdefault(_world(), {})
+    if purpose not in groups:
+        groups[purpose], _ = new_group(_timeout)
+    return groups[purpose]
+
+
+def _world() -> Any:
+    return sys.modules["torch.distributed"].group.WORLD
+
+
+def _table() -> RankTable:
+    from trainbus.rank_table import RankTable
+
+    world = _world()
+    table = _tables.get(world)
+    if table is None or table.timeout != _timeout:
+        table = _tables[world] = RankTable(_timeout)
+    return table
 
 
 def _process_group() -> ModuleType | None:
