@@ -6,29 +6,25 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
+from trainbus import ranks
+from trainbus.agreement import Agreement
 from trainbus.bus import EventBus
 from trainbus.callback import Callback, add_to
-from trainbus.checkpoint import fence
 from trainbus.checkpoint.file_format import Manifest, fit_manifest
-from trainbus.checkpoint.pending_save import PendingSave
-from trainbus.checkpoint.retention import Retention
 from trainbus.checkpoint.saver import Saver
-from trainbus.checkpoint.stats import CheckpointStats
-from trainbus.errors import CheckpointWriteError, UnsavableStateError
 from trainbus.leaving import announce_and_leave, note_failures, raise_held_back
-from trainbus.loading import load_newest, read_state
+from trainbus.loading import load_newest, own_part, read_state
 from trainbus.loop.fit import fit
 from trainbus.loop.generators import Loop
 from trainbus.loop.moments import Moments
-from trainbus.run_position import RunPosition
+from trainbus.run_saving import RunSaving
 from trainbus.save_reports import SaveReports, weak_post
-from trainbus.save_requests import SaveRequest, SaveRequests
-from trainbus.state.collect import Parts, check_parts, collect, collect_weights, restore
-from trainbus.state.plain_types import find_problems
+from trainbus.save_requests import SaveRequests
+from trainbus.state.collect import Parts, check_parts, restore
 from trainbus.unwrap import unwrap
 
 __all__ = ["Handler"]
@@ -39,7 +35,7 @@ C = TypeVar("C", bound=Callback)
 logger = logging.getLogger("trainbus")
 
 
-class Handler(RunPosition):
+class Handler(RunSaving):
     """
     One training run: what it trains, the bus it speaks on, and its checkpoints.
 
@@ -69,6 +65,13 @@ class Handler(RunPosition):
         on_write_error: ``"raise"`` a failed save at the next event, or ``"warn"`` only.
         write_timeout: Seconds in which the disk may take no byte of a file before the save counts as
             failed; whoever waits for it goes on.
+        rank_timeout: Seconds that a rank waits for the others where they meet: as a handler is made, behind
+            each batch and epoch, and in what is said to be collective.
+
+    Raises:
+        TypeError: If a part has no state to save, or its state is not all on this rank.
+        ValueError: If an option is out of its range.
+        RankError: If not all ranks make a handler.
     """
 
     def __init__(
@@ -88,10 +91,13 @@ class Handler(RunPosition):
         check_snapshots: bool = False,
         on_write_error: str = "raise",
         write_timeout: float = 600.0,
+        rank_timeout: float = ranks.TIMEOUT,
     ) -> None:
         fit_manifest(Manifest(contents="state", config=config))  # refuses what would not fit into one
         if on_write_error not in ("raise", "warn"):
             raise ValueError(f"on_write_error must be 'raise' or 'warn', got {on_write_error!r}.")
+        if not rank_timeout > 0:
+            raise ValueError(f"rank_timeout must be more than 0 seconds, got {rank_timeout!r}.")
         self.model = module
         self.module = unwrap(module)
         self.scheduler = scheduler
@@ -111,8 +117,10 @@ class Handler(RunPosition):
         self._loop = Loop(self, self._moments)
         check_parts(self._parts())
         self.bus = self._take_bus(bus if bus is not None else EventBus())
+        ranks.join(rank_timeout)
+        self._agreement = Agreement(weak_post(self.bus), self._stop_here)
         self._saver = Saver(
-            weak_post(self.bus),
+            weak_post(self._agreement),
             max_pending=max_pending,
             on_busy=on_busy,
             snapshot=snapshot,
@@ -120,7 +128,7 @@ class Handler(RunPosition):
             check_snapshots=check_snapshots,
             write_timeout=write_timeout,
         )
-        self._saves = SaveRequests(self, self._moments, self._saver)
+        self._saves = SaveRequests(self, self._moments, self._saver, self._agreement)
         self._reports = SaveReports(self.bus, raises=on_write_error == "raise")
         self._undo = [
             self.bus.on("train_begin", self._begin, priority=-math.inf).cancel,
@@ -181,9 +189,25 @@ class Handler(RunPosition):
         self._moments.log(scalars, weight)
 
     def stop(self, reason: str = "stop() was called") -> None:
-        """End the loops before their next batch, or while gradients accumulate after the next step."""
-        self.stopped = True
-        self.stop_reason = reason
+        """
+        End the loops before their next batch, or while gradients accumulate after the next step.
+
+        Any rank may call it, and all end at the same step: where they meet next, which is behind the batch
+        or the epoch at hand.
+        """
+        self._agreement.stop(reason)
+
+    def tell(self, key: str, value: Any) -> None:
+        """
+        Let all ranks hear *value* (anything that can be pickled); for what comes to one, such as a signal.
+
+        Alone it is heard at once, among several ranks behind the batch or epoch at hand.
+        """
+        self._agreement.tell(key, value)
+
+    def heard(self, key: str) -> list[Any]:
+        """Return what was told under *key* and not heard yet: the same on all ranks, in order of rank."""
+        return self._agreement.heard(key)
 
     # -- loops
 
@@ -221,131 +245,6 @@ class Handler(RunPosition):
 
     fit = fit
 
-    # -- saving
-
-    def save(self, path: str | os.PathLike[str], *, weights_only: bool = False) -> Manifest | None:
-        """
-        Save the run to *path* and return when it is durable. Taken at once, also while accumulating.
-
-        Returns:
-            The file's manifest; None on ranks other than 0, which write nothing.
-
-        Raises:
-            CheckpointWriteError: If the state could not be saved or the disk refused.
-            CheckpointSkipped: If the writer was busy and ``on_busy`` is not ``"wait"``.
-        """
-        if self.accumulating and self._moments.optimizer_steps.has_gradients():
-            logger.warning(
-                "%s is saved between two optimizer steps: the gradients accumulated so far are not in it. "
-                "Use save_async(), which waits for the next step.",
-                os.fspath(path),
-            )
-        return self._saves.ask(path, weights_only, SaveRequest(), postpone=False).result()
-
-    def save_async(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        weights_only: bool = False,
-        stream: str = "",
-        logs: Mapping[str, Any] | None = None,
-        monitor: str | None = None,
-        mode: str | None = None,
-        score: float | None = None,
-        removals: Sequence[str] = (),
-        keep: Retention | None = None,
-        interrupted: bool = False,
-    ) -> PendingSave:
-        """
-        Copy the state now, have it written in the background.
-
-        Blocks while the state is copied, and before that while ``max_pending`` saves are unfinished.
-        Afterwards the state may change in any way (but see ``snapshot="overlap"``). In a batch in which no
-        optimizer stepped (gradient accumulation) it is copied once one does, or at the epoch's end.
-
-        Args:
-            path: Missing folders are made, ``~`` is expanded.
-            weights_only: Save only the module's ``state_dict()``.
-            stream: Who asks; callbacks give their ``state_key``.
-            logs: Metrics for the manifest; numbers are kept.
-            monitor: The metric by which *stream* judges its files.
-            mode: ``"min"`` or ``"max"``.
-            score: The monitored metric's value.
-            removals: Files to remove once this one is durable.
-            keep: Which of the files of *stream* and this run (and those it continues) stay then, by
-                what is in the folder; the others are removed on the writer thread.
-            interrupted: Mark the file as saved amid a batch that an exception ended. It is taken at once,
-                also while gradients accumulate, and `resume` passes it over unless it is asked for.
-
-        Returns:
-            A handle on the save; finished, with ``path=None``, on ranks other than 0.
-        """
-        request = SaveRequest(stream, logs or {}, monitor, mode, score, removals, keep, interrupted)
-        return self._saves.ask(path, weights_only, request, postpone=not interrupted)
-
-    def check(self) -> None:
-        """
-        Raise now if something of this run's state could be saved and not loaded again.
-
-        Called by itself at ``train_begin``.
-
-        Raises:
-            UnsavableStateError: Naming each place in the state, with the remedy.
-        """
-        problems = find_problems(self.collect(weights_only=False))
-        if problems:
-            raise UnsavableStateError(problems)
-
-    def prepare_saves(self, *, weights_only: bool = False) -> None:
-        """
-        Have the host memory for saves made in the background, so that the first is as fast as the others.
-
-        Call it after the first optimizer step, when the state has its size; `ModelCheckpoint` does.
-        """
-        if self.rank == 0:
-            self._saver.prepare(lambda: self.collect(weights_only))
-
-    def keep_batch_starts(self) -> None:
-        """
-        Keep the random state from before each batch, from the next one on; `OnException` does.
-
-        A save in the body of a batch that has not changed the weights stands at that batch's beginning,
-        and with this its random numbers do too. Takes about 50 microseconds a batch.
-        """
-        self._moments.keep_batch_starts()
-
-    def reserve(self, folder: str | os.PathLike[str], template: str) -> None:
-        """
-        Keep other processes from saving under this name template, until `close`; `ModelCheckpoint` does.
-
-        Takes an advisory lock on a hidden file in *folder*, which is made if missing. An earlier handler
-        of this process that has it is closed. Does nothing on ranks other than 0.
-
-        Raises:
-            CheckpointLockedError: Another process has it; says which, on which host and since when.
-            CheckpointWriteError: Nothing can be written there, and ``on_write_error`` is ``"raise"``.
-        """
-        if self.rank != 0:
-            return
-        try:
-            self._saves.reserve(os.fspath(folder), template)
-        except CheckpointWriteError as error:
-            self._reports.tell(error)
-
-    def fence(self) -> None:
-        """Return when weights may be changed by hand under ``snapshot="overlap"``. Waits for copies only."""
-        fence.wait()
-
-    def flush(self) -> None:
-        """Wait until all saves asked for are durable, and deliver their events. Raises a failed one."""
-        self._loop.settle()
-        self.finish_writing()
-        self.bus.drain()
-
-    def checkpoint_stats(self) -> CheckpointStats:
-        """Return what this run's saves cost so far; events not yet delivered are not in it."""
-        return self._reports.stats_with(self._saver.lost)
-
     # -- loading
 
     def load(
@@ -353,6 +252,9 @@ class Handler(RunPosition):
     ) -> Manifest | None:
         """
         Load a checkpoint into this run's objects; first finishes a pending save of that file.
+
+        Every rank reads the file and takes its own random state and data position from it. What a file of
+        another number of ranks cannot say is told in the log.
 
         Args:
             path: A file of this class, or a module's state dict saved by anything.
@@ -367,15 +269,18 @@ class Handler(RunPosition):
             CheckpointCorruptError: If the file is damaged; nothing has been changed.
             StateMismatchError: If file and run have different parts.
         """
+        if self._agreement.is_shared:
+            self.finish_writing()  # the file may be one that rank 0 is writing
         loaded = read_state(path, only)
         self.fence()
         restore(self._parts(), loaded.state, loaded.wanted, strict)
         if "callbacks" in loaded.wanted:
             states = loaded.state["callbacks"] or {}
             self._unclaimed = {key: state for key, state in states.items() if key not in self.callbacks}
+        own = own_part(loaded, path)
         if "progress" in loaded.wanted:
             self._loop.reset()
-        self._moments.restore(loaded.state, loaded.wanted)
+        self._moments.restore(own.state, own.wanted)
         if "progress" in loaded.wanted:
             self.resumed = True
             if loaded.manifest is not None:
@@ -385,6 +290,8 @@ class Handler(RunPosition):
     def resume(self, folder: str | os.PathLike[str], *, interrupted: bool = False) -> Manifest | None:
         """
         Load the newest valid checkpoint in *folder*; damaged ones are named and passed over.
+
+        Collective when more than one rank runs: rank 0 looks for it, and all load the same.
 
         Args:
             folder: Where to look.
@@ -402,6 +309,8 @@ class Handler(RunPosition):
         """
         Finish pending saves, deliver their events, leave the bus. Afterwards nothing can be saved.
 
+        Collective when more than one rank runs and a save was asked for.
+
         Args:
             timeout: Seconds to wait for the writer; None waits as long as it takes.
 
@@ -414,7 +323,11 @@ class Handler(RunPosition):
         self.closed = True
         self._saves.skip_postponed("the handler was closed before the next optimizer step")
         try:
-            self._saver.close(timeout)
+            try:
+                if self._agreement.is_shared:
+                    self.finish_writing(timeout)
+            finally:
+                self._saver.close(timeout)
             raise_held_back(self.bus)
         finally:
             self._saves.release_names()
@@ -427,6 +340,7 @@ class Handler(RunPosition):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
+            self._agreement.leave()
             self._loop.interrupt()
             self._saves.skip_postponed("the loop was left by an exception before the next optimizer step")
             end_training = [self._moments.end_training] if self._moments.training else []
@@ -437,6 +351,7 @@ class Handler(RunPosition):
             if self._moments.training:
                 self._moments.end_training()
         except BaseException as late:
+            self._agreement.leave()
             note_failures(late, self.bus, self.close)
             raise
         self.close()
@@ -451,26 +366,15 @@ class Handler(RunPosition):
         """Finish a batch or validation that the loop body left by ``break``."""
         self._loop.settle()
 
-    def finish_writing(self, timeout: float | None = None) -> None:
-        """
-        Wait until the writer has nothing left to do; failures are delivered with the next event.
-
-        Raises:
-            TimeoutError: It took longer than *timeout* seconds. The writer goes on.
-        """
-        self._saver.writer.flush(timeout)
-
-    def take_postponed_saves(self) -> None:
-        """Take the saves that waited for an optimizer step."""
-        self._saves.take_postponed()
-
-    def collect(self, weights_only: bool) -> Any:
-        """Return the state to save, with live tensors in it."""
-        if weights_only:
-            return collect_weights(self._parts())
-        return collect(self._parts(), **self._moments.collect())
+    def meet(self, what: str) -> None:
+        """Let take effect what the ranks have to tell each other. Collective; *what* names the place."""
+        self._agreement.meet(what)
 
     # -- inside
+
+    def _stop_here(self, reason: str) -> None:
+        self.stopped = True
+        self.stop_reason = reason
 
     def _parts(self) -> Parts:
         return Parts(

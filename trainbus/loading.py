@@ -6,19 +6,21 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainbus import ranks
 from trainbus.checkpoint.background_writer import finish_saves
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
 from trainbus.checkpoint.load import load_file
-from trainbus.errors import CheckpointCorruptError, StateMismatchError
+from trainbus.errors import CheckpointCorruptError, RankError, StateMismatchError
+from trainbus.state import rank_parts
 from trainbus.state.collect import KEYS
 from trainbus.state.plain_types import from_plain
 
-__all__ = ["LoadedState", "load_newest", "read_state", "resumable_files"]
+__all__ = ["LoadedState", "load_newest", "own_part", "read_state", "resumable_files"]
 
 logger = logging.getLogger("trainbus")
 
@@ -100,9 +102,18 @@ def resumable_files(folder: str | os.PathLike[str], *, interrupted: bool = False
 def load_newest(
     folder: str | os.PathLike[str], load: Callable[[str], Manifest | None], *, interrupted: bool = False
 ) -> Manifest | None:
-    """Give *load* the files to go on from until one is not damaged; return its manifest, None without one."""
-    try:
+    """
+    Give *load* the files to go on from until one is not damaged; return its manifest, None without one.
+
+    Collective: rank 0 looks, and a file that one rank cannot load is loaded by none.
+    """
+
+    def look() -> list[tuple[str, int, int]]:
         files = resumable_files(folder, interrupted=interrupted)
+        return [(file.path, file.manifest.epoch, file.manifest.global_step) for file in files]
+
+    try:
+        files = ranks.decide(look, "handler.resume")
     except NotADirectoryError as error:
         path = os.fspath(folder)
         raise NotADirectoryError(
@@ -110,16 +121,52 @@ def load_newest(
             f"Cannot resume from {path!r}: resume takes a folder and looks for the newest checkpoint in it. "
             f"Give the folder, or load this one file with handler.load({path!r})",
         ) from error
-    for file in files:
-        try:
-            manifest = load(file.path)
-        except CheckpointCorruptError as error:
-            logger.warning("Passed over while resuming: %s", error)
+    for path, epoch, global_step in files:
+        manifest, own = _try(load, path)
+        failures = ranks.gather(None if own is None else _Failure.of(own), f"resuming from {path}")
+        if any(one is not None and not one.is_damage for one in failures):
+            raise own or RankError(_first_failure(path, failures), [])
+        if any(failures):
+            logger.warning("Passed over while resuming: %s", own or _first_failure(path, failures))
             continue
-        place = f"epoch {file.manifest.epoch + 1}, global step {file.manifest.global_step}"
-        logger.info("resumed from %s: %s", file.path, place)
+        logger.info("resumed from %s: epoch %d, global step %d", path, epoch + 1, global_step)
         return manifest
     return None
+
+
+def _try(load: Callable[[str], Manifest | None], path: str) -> tuple[Manifest | None, Exception | None]:
+    try:
+        return load(path), None
+    except Exception as error:
+        return None, error
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why one rank could not load a file, as the others are told."""
+
+    is_damage: bool
+    message: str
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        return cls(isinstance(error, CheckpointCorruptError), f"{type(error).__name__}: {error}")
+
+
+def _first_failure(path: str, failures: Sequence[_Failure | None]) -> str:
+    rank, failure = next((rank, one) for rank, one in enumerate(failures) if one is not None)
+    return f"Rank {rank} cannot load {path!r}, so no rank resumes from it. {failure.message}"
+
+
+def own_part(loaded: LoadedState, path: str | os.PathLike[str]) -> LoadedState:
+    """Return what this rank takes of the run's progress from a file; tells in the log what is not exact."""
+    wanted = loaded.wanted & set(rank_parts.OWN)
+    if not wanted:
+        return loaded
+    state, lacking, told = rank_parts.own_state(loaded.state, ranks.rank(), ranks.world_size())
+    if told is not None and ranks.rank() == 0:
+        logger.warning("%s cannot be continued exactly. %s", os.fspath(path), told)
+    return LoadedState(state, loaded.wanted - lacking, loaded.manifest)
 
 
 def _is_full_state(state: Any, manifest: Manifest | None) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "join",
     "rank",
     "separate_group",
+    "timeout",
     "together",
     "world_size",
 ]
@@ -57,7 +58,12 @@ def together() -> bool:
     return distributed is not None and distributed.get_world_size() > 1
 
 
-def join(timeout: float = TIMEOUT) -> None:
+def timeout() -> float:
+    """Return how many seconds a rank waits for the others."""
+    return _timeout
+
+
+def join(seconds: float = TIMEOUT) -> None:
     """
     Make the group in which the ranks meet, apart from the script's own; a handler does when it is made.
 
@@ -65,13 +71,13 @@ def join(timeout: float = TIMEOUT) -> None:
     rank. What comes first without it makes the group, so all ranks have to come to the same.
 
     Args:
-        timeout: Seconds that a rank waits for the others, from now on.
+        seconds: That a rank waits for the others, from now on.
 
     Raises:
         RankError: Not all ranks came.
     """
     global _timeout
-    _timeout = timeout
+    _timeout = seconds
     if together():
         _table()
 
@@ -92,8 +98,10 @@ def agree(value: T, what: str = "agree()") -> T:
     """
     if not together():
         return value
-    mine = pickle.dumps(value) if rank() == 0 else b""
-    agreed: T = pickle.loads(_table().exchange(what, mine, lambda words: words[0]))
+    if rank() == 0:
+        _table().exchange(what, pickle.dumps(value), lambda words: words[0])
+        return value
+    agreed: T = pickle.loads(_table().exchange(what, b"", lambda words: words[0]))
     return agreed
 
 

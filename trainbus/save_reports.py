@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from trainbus.bus import EventBus
 from trainbus.checkpoint.stats import CheckpointStats, LostTime
@@ -94,13 +94,17 @@ class SaveReports:
         logger.error("%s", error)
 
 
-def weak_post(bus: EventBus) -> Callable[..., None]:
-    """
-    Return ``bus.post`` for a thread that outlives the run: it does not keep the bus alive.
+class _Poster(Protocol):
+    def post(self, name: str, /, **fields: Any) -> None: ...
 
-    The bus keeps its handler, and that the model; an idle writer must not keep all of them.
+
+def weak_post(poster: _Poster) -> Callable[..., None]:
     """
-    reference = weakref.ref(bus)
+    Return ``poster.post`` for a thread that outlives the run: it does not keep the poster alive.
+
+    A bus keeps its handler, and that the model; an idle writer must not keep all of them.
+    """
+    reference = weakref.ref(poster)
 
     def post(name: str, **fields: Any) -> None:
         living = reference()

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from trainbus import ranks
+from trainbus.agreement import Agreement
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFolder
 from trainbus.checkpoint.pending_save import PendingSave
@@ -25,6 +27,7 @@ from trainbus.errors import (
 from trainbus.loop.moments import Moments
 from trainbus.loop.unread_metrics import UnreadMetrics
 from trainbus.save_load import versions
+from trainbus.state import rank_parts
 from trainbus.state.plain_types import to_plain
 
 if TYPE_CHECKING:
@@ -66,17 +69,23 @@ class _Accepted:
 
 
 class SaveRequests:
-    """What `Handler.save` and `save_async` do. Training thread."""
+    """
+    What `Handler.save` and `save_async` do. Training thread.
 
-    def __init__(self, handler: Handler, moments: Moments, saver: Saver) -> None:
+    With several ranks all come here together. Each gives its part of the state, rank 0 goes on to write.
+    """
+
+    def __init__(self, handler: Handler, moments: Moments, saver: Saver, agreement: Agreement) -> None:
         self._handler = handler
         self._moments = moments
         self._progress = moments.progress
         self._saver = saver
+        self._agreement = agreement
         self._postponed: list[_Accepted] = []
         self._sequence = 0
         self._counted_folders: set[str] = set()
-        self._locks: dict[str, TemplateLock] = {}
+        self._reserved: set[str] = set()
+        self._locks: list[TemplateLock] = []
 
     @property
     def postponed(self) -> int:
@@ -99,12 +108,12 @@ class SaveRequests:
             raise HandlerClosedError(
                 f"Cannot save {target!r}: this handler is closed. Save inside of `with handler:`."
             )
-        if handler.rank != 0:
+        if handler.rank != 0 and not self._is_shared(request):
             return PendingSave.nothing()
         claim(os.path.abspath(target), handler)
         metrics = UnreadMetrics(request.logs)
         pending = PendingSave(
-            target,
+            target if handler.rank == 0 else None,
             epoch=self._progress.epoch,
             global_step=self._progress.global_step,
             stream=request.stream,
@@ -118,24 +127,33 @@ class SaveRequests:
         return pending
 
     def reserve(self, folder: str, template: str) -> None:
-        """Do what `Handler.reserve` does on rank 0; an `OSError` comes as CheckpointWriteError."""
+        """Do what `Handler.reserve` does; an `OSError` comes as CheckpointWriteError."""
         path = lock_path(folder, template)
-        if path in self._locks:
+        if path in self._reserved:
             return
         claim(path, self._handler)
-        try:
-            self._locks[path] = TemplateLock(folder, template)
-        except CheckpointLockedError:
-            raise
-        except OSError as error:
-            raise CheckpointWriteError(
-                os.path.join(folder, template), self._progress.global_step, error
-            ) from error
+
+        def lock() -> None:
+            try:
+                self._locks.append(TemplateLock(folder, template))
+            except CheckpointLockedError:
+                raise
+            except OSError as error:
+                raise CheckpointWriteError(
+                    os.path.join(folder, template), self._progress.global_step, error
+                ) from error
+
+        if self._agreement.is_shared:
+            ranks.decide(lock, "handler.reserve")
+        else:
+            lock()
+        self._reserved.add(path)
 
     def release_names(self) -> None:
         """Let others save under the names that were reserved."""
+        self._reserved.clear()
         while self._locks:
-            self._locks.popitem()[1].release()
+            self._locks.pop().release()
 
     def take_postponed(self) -> None:
         """Take the saves that waited for an optimizer step."""
@@ -160,7 +178,22 @@ class SaveRequests:
             )
             pending.fail(CheckpointSkipped(pending.path or "", reason))
 
+    def _is_shared(self, request: SaveRequest) -> bool:
+        """Tell whether all ranks ask for this save; amid an exception nobody knows if the others come."""
+        return self._agreement.is_shared and not request.interrupted
+
     def _take(self, accepted: _Accepted) -> None:
+        given = None
+        if self._is_shared(accepted.request):
+            part = {} if accepted.weights_only else rank_parts.give(self._moments.collect())
+            given = ranks.gather_to_first(part, "handler.save or save_async")
+            self._agreement.expect(accepted.pending)
+        if self._handler.rank == 0:
+            self._write(accepted, given)
+        else:
+            accepted.pending.finish_elsewhere()
+
+    def _write(self, accepted: _Accepted, given: list[dict[str, Any]] | None) -> None:
         handler, pending, request = self._handler, accepted.pending, accepted.request
         # An open batch in which the optimizer stepped counts already, so this may be one ahead.
         pending.global_step = self._progress.state_dict()["global_step"]
@@ -181,6 +214,12 @@ class SaveRequests:
             versions=versions(),
         )
 
+        def state() -> Any:
+            collected = handler.collect(accepted.weights_only)
+            if ranks.together() and not accepted.weights_only:
+                collected[rank_parts.KEY] = rank_parts.together(given, ranks.world_size())
+            return to_plain(collected)
+
         def manifest_with_metrics() -> Manifest:
             # On the writer thread: the training one must not wait for a device to compute them.
             pending.logs = accepted.metrics.read()
@@ -188,7 +227,7 @@ class SaveRequests:
 
         self._saver.save(
             pending,
-            lambda: to_plain(handler.collect(accepted.weights_only)),
+            state,
             manifest_with_metrics,
             removals=request.removals,
             find_removals=self._retention(pending, request.keep),

@@ -170,7 +170,7 @@ class TestMetrics:
         other = {"loss": (30.0, 10.0), "only_there": (4.0, 2.0)}
         calls = []
         monkeypatch.setattr(ranks, "world_size", lambda: 2)
-        monkeypatch.setattr(ranks, "gather", lambda mine: calls.append(mine) or [mine, other])
+        monkeypatch.setattr(ranks, "gather", lambda mine, what: calls.append(mine) or [mine, other])
         metrics = Metrics()
         metrics.log_batch("loss", 1.0, 10)
 

@@ -57,7 +57,7 @@ class PendingSave:
     def nothing(cls) -> PendingSave:
         """Return a save that is finished and wrote nothing: what ranks other than 0 get."""
         save = cls(None)
-        save._finish(None, None)
+        save.finish_elsewhere()
         return save
 
     def __repr__(self) -> str:
@@ -97,6 +97,10 @@ class PendingSave:
     def fail(self, error: CheckpointError) -> None:
         """Say why there will be no file. Ignored when the save is finished already."""
         self._finish(None, error)
+
+    def finish_elsewhere(self) -> None:
+        """Say that nothing is written here: another process does."""
+        self._finish(None, None)
 
     def give_up_in_child(self) -> None:
         """After a fork: let nobody in the child wait for what only the parent can finish."""

@@ -207,7 +207,7 @@ class Metrics:
         mine = {name: (float(mean.total), float(mean.weight)) for name, mean in means.items()}
         mine |= {name: (float(value), 1.0) for name, value in self._given.items()}
         gathered: dict[str, RunningMean] = {}
-        for sums in ranks.gather(mine):
+        for sums in ranks.gather(mine, "the metrics of an epoch"):
             for name, (total, weight) in sums.items():
                 mean = gathered.setdefault(name, RunningMean())
                 mean.total = mean.total + total

@@ -27,7 +27,7 @@ class Moments:
     The state of a run's loop, one method for each event that moves it. Training thread.
 
     The handler is only asked for: its bus, whether it was resumed and why it was stopped, to
-    take postponed saves, to wait for what is being copied, and to finish writing.
+    take postponed saves, to wait for what is being copied, to finish writing, and to meet the other ranks.
 
     Attributes:
         progress: The counters.
@@ -89,6 +89,7 @@ class Moments:
         self.progress.total_epochs = payload.setdefault("total_epochs", self.progress.total_epochs)
         payload.setdefault("resumed", self._handler.resumed)
         self._emit("train_begin", **payload)
+        self._handler.meet("train_begin")
         # Receivers of train_begin may draw random numbers; the run that was killed drew none here.
         self.restore_rng()
         if not self.progress.in_body:
@@ -117,10 +118,12 @@ class Moments:
         progress.epoch = payload.setdefault("epoch", progress.epoch)
         self._handler.fence()
         self._handler.take_postponed_saves()
+        self._handler.meet(f"the end of epoch {progress.epoch + 1}")
         self._epoch_logs = payload["logs"] = _joined(self.metrics.epoch_logs(), payload.get("logs"))
         progress.epoch_complete = not self.epoch_goes_on
         try:
             self._emit("epoch_end", **payload)
+            self._handler.meet(f"epoch_end of epoch {progress.epoch + 1}")
         finally:
             self._epoch_logs = None
             if progress.epoch_complete:
@@ -165,6 +168,7 @@ class Moments:
             self._emit("train_batch_end", **payload)
             if not self.accumulating:
                 self._handler.take_postponed_saves()
+            self._handler.meet(f"the end of step {progress.global_step}")
         finally:
             self._between_steps = False
             self._data = self._rng_at_break = self._rng_at_batch = None
