@@ -61,7 +61,7 @@ class TestTwoRanks:
 
         assert first["logs"] == second["logs"]
         assert first["logs"][0] == {"loss": 0.5, "val_loss": 1.5, "only_there": 5.0}
-        assert (first["best"], second["best"]) == (0.5, None)
+        assert (first["best"], second["best"]) == (0.5, 0.5)
         assert (first["before"] is None, second["before"]) == (False, None)
         state = trainbus.load(tmp_path / "run" / "last.pt")
         assert set(state["module"]) == {"weight", "bias"}

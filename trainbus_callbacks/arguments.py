@@ -1,8 +1,14 @@
-"""Checks of arguments that several callbacks take."""
+"""Checks of the arguments of callbacks."""
 
 from __future__ import annotations
 
-__all__ = ["require_count"]
+import warnings
+from typing import Any
+
+from trainbus.checkpoint.retention import Retention
+from trainbus_callbacks.naming import NameTemplate
+
+__all__ = ["checked_keep", "require_count"]
 
 
 def require_count(name: str, value: object, counted: str, *, least: int, or_none: bool = False) -> None:
@@ -24,3 +30,32 @@ def require_count(name: str, value: object, counted: str, *, least: int, or_none
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         rule = f"an int of at least {least}{' or None' * or_none}"
         raise ValueError(f"{name} counts {counted} and must be {rule}, got {value!r}.")
+
+
+def checked_keep(keep: Any, monitor: str | None, template: NameTemplate) -> Retention | None:
+    """
+    Return *keep*, which tells the files under *template* that stay; None: all do.
+
+    Raises:
+        TypeError: It is no `Retention`.
+        ValueError: It judges by a metric and there is no *monitor*.
+
+    Warns:
+        RuntimeWarning: All files have one name.
+    """
+    if keep is None:
+        return None
+    if not isinstance(keep, Retention):
+        raise TypeError(
+            f"keep must be KeepLast(3), KeepBest(2), KeepEvery(epochs=10) or several with |, got {keep!r}."
+        )
+    if keep.needs_scores and monitor is None:
+        raise ValueError(f"keep={keep!r} needs a metric to judge by. Name it, e.g. monitor='val_loss'.")
+    if not template.fields:
+        warnings.warn(
+            f"keep={keep!r} has nothing to choose from: each save under {template.last!r} replaces the one "
+            "before. Put a field into the name, e.g. {epoch}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return keep

@@ -30,8 +30,8 @@ class Preemption(Callback):
     Everything happens on the training thread, which waits for the file up to the end of the grace period. If
     the disk is slower the log says so and the writer goes on; the files there are stay as they are.
 
-    In a run of several processes the ranks tell each other at the end of each training batch and epoch
-    (a collective), not amid a validation, and all stop in the same batch; rank 0 writes.
+    In a run of several processes it is enough that one gets the signal: behind that batch all know of it, at
+    the end of the next one all save, and stop. Not amid a validation, but behind it. Rank 0 writes.
 
     Args:
         filepath: A template such as ``"runs/preempted.pt"``; its fields are ``epoch`` (1-based), ``batch``
@@ -63,6 +63,7 @@ class Preemption(Callback):
         self._template = NameTemplate(filepath)
         require_counters(self._template, "the signal")
         self.received: signal.Signals | None = None
+        self._passed_on: signal.Signals | None = None
         self._signal = SignalFlag(signals)
         self._grace_seconds = grace_seconds
 
@@ -73,44 +74,50 @@ class Preemption(Callback):
 
     def on_train_begin(self) -> None:
         """Listen to the signals."""
-        self.received = None
+        self.received = self._passed_on = None
         self._signal.listen("Preemption")
 
     def on_train_batch_end(self, handler: Any, epoch: int) -> None:
-        """Save and stop if the signal came; with several ranks a collective."""
-        self._look(handler, epoch)
+        """Save and stop if the signal came, on this rank or another."""
+        self._pass_on(handler)
+        self._obey(handler, epoch)
 
     on_epoch_end = on_train_batch_end
 
     def on_val_batch_end(self, handler: Any, epoch: int) -> None:
-        """Save and stop if the signal came, where no other rank has to know."""
-        if ranks.world_size() == 1:
-            self._look(handler, epoch)
+        """Save and stop if the signal came; ranks may validate different numbers of batches, so they wait."""
+        self._pass_on(handler)
+        if not ranks.together():
+            self._obey(handler, epoch)
 
     def on_train_end(self) -> None:
         """Leave the signals to whom they belonged; say if one came too late to be acted on."""
         self._signal.leave()
-        late = self._signal.take()
+        late = self._signal.take() or self._passed_on
         if late is not None and self.received is None:
             _log.warning(
                 "%s came too late: training has ended, and no further checkpoint is saved.", late.name
             )
 
-    def _look(self, handler: Any, epoch: int) -> None:
-        if self.received is not None:
-            return
-        heard = [one for one in ranks.gather(self._signal.take()) if one is not None]
-        if not heard:
-            return
-        self.received = heard[0]
-        handler.stop(f"{self.received.name} came.")
-        if handler.rank == 0:
-            self._save(handler, epoch)
+    def _pass_on(self, handler: Any) -> None:
+        came = self._signal.take()
+        if came is not None and self.received is None:
+            self._passed_on = came
+            handler.tell(self.state_key, int(came))
 
-    def _save(self, handler: Any, epoch: int) -> None:
+    def _obey(self, handler: Any, epoch: int) -> None:
+        heard = handler.heard(self.state_key)
+        if not heard or self.received is not None:
+            return
+        self.received, self._passed_on = signal.Signals(heard[0]), None
+        handler.stop(f"{self.received.name} came.")
+        self._save(handler, epoch, self.received)
+
+    def _save(self, handler: Any, epoch: int, received: signal.Signals) -> None:
         counters = {"epoch": epoch + 1, "batch": handler.batch + 1, "global_step": handler.global_step}
         path = self._template.fill(**counters, logs={}).path
-        _log.info("%s Saving %s.", handler.stop_reason, path)
+        if handler.rank == 0:
+            _log.info("%s came. Saving %s.", received.name, path)
         deadline = time.monotonic() + self._grace_seconds
         try:
             # First those under way, or a writer that skips when it is busy would skip this one.

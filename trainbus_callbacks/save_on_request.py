@@ -9,6 +9,7 @@ import signal
 import time
 from typing import Any
 
+from trainbus import ranks
 from trainbus.callback import Callback
 from trainbus_callbacks.naming import NameTemplate, require_counters
 from trainbus_callbacks.signal_flag import SignalFlag
@@ -24,8 +25,10 @@ class SaveOnRequest(Callback):
 
     A request is only noted when it comes. It is answered on the training thread at the end of the batch at
     hand, also of a validation batch, while gradients accumulate at the next optimizer step; requests that
-    come before the answer are one. Rank 0 looks and writes. A save that was skipped because the writer was
-    busy is asked for again.
+    come before the answer are one. A save that was skipped because the writer was busy is asked for again.
+
+    In a run of several processes rank 0 looks for the file, each takes the signal, and all save at the end
+    of the next batch, not amid a validation. Rank 0 writes.
 
     Args:
         filepath: A template such as ``"runs/asked_{global_step}.pt"``; its fields are ``epoch``
@@ -33,7 +36,7 @@ class SaveOnRequest(Callback):
         request_file: Touch it to ask; it is removed when the request is taken. By default ``save-now`` in
             the folder of *filepath*.
         signum: The signal that asks; None: no signal. Its earlier handler is called too, and is back after
-            the run. Other ranks take the signal as well, so that it does not kill them.
+            the run.
         seconds_between_looks: How often to look for the file at most.
 
     Raises:
@@ -63,6 +66,7 @@ class SaveOnRequest(Callback):
         self._seconds_between_looks = seconds_between_looks
         self._last_look = -float("inf")  # by time.monotonic()
         self._requested = False
+        self._passed_on = False  # and not answered yet
 
     @property
     def state_key(self) -> str:
@@ -74,11 +78,17 @@ class SaveOnRequest(Callback):
         self._signal.listen(f"SaveOnRequest, so touch {self.request_file!r} instead")
 
     def on_train_batch_end(self, handler: Any, epoch: int) -> None:
-        """Save if it was asked for."""
+        """Save if it was asked for, on this rank or another."""
+        self._pass_on(handler)
         self._answer(handler, epoch)
 
-    on_val_batch_end = on_train_batch_end
     on_epoch_end = on_train_batch_end
+
+    def on_val_batch_end(self, handler: Any, epoch: int) -> None:
+        """Save if it was asked for; ranks may validate different numbers of batches, so they wait."""
+        self._pass_on(handler)
+        if not ranks.together():
+            self._answer(handler, epoch)
 
     def on_checkpoint_skipped(self, stream: str) -> None:
         """Ask again at the next event."""
@@ -88,21 +98,27 @@ class SaveOnRequest(Callback):
     def on_train_end(self) -> None:
         """Leave the signal to whom it belonged; say if a request comes too late."""
         self._signal.leave()
-        if self._signal.take() or self._requested:
+        if self._signal.take() or self._requested or self._passed_on:
             _log.warning("The save that was asked for came too late: training has ended.")
+            self._requested = self._passed_on = False
+
+    def _pass_on(self, handler: Any) -> None:
+        signalled = self._signal.take() is not None
+        if handler.rank == 0:
+            self._look_for_file()
+        if signalled or self._requested:
             self._requested = False
+            self._passed_on = True
+            handler.tell(self.state_key, True)
 
     def _answer(self, handler: Any, epoch: int) -> None:
-        signalled = self._signal.take() is not None
-        if handler.rank != 0:
+        if not handler.heard(self.state_key):
             return
-        self._look_for_file()
-        if not (signalled or self._requested):
-            return
-        self._requested = False
+        self._passed_on = False
         counters = {"epoch": epoch + 1, "batch": handler.batch + 1, "global_step": handler.global_step}
         path = self._template.fill(**counters, logs={}).path
-        _log.info("A save was asked for: %s", path)
+        if handler.rank == 0:
+            _log.info("A save was asked for: %s", path)
         handler.save_async(path, stream=self.state_key)
 
     def _look_for_file(self) -> None:

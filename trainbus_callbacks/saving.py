@@ -5,26 +5,44 @@ from __future__ import annotations
 import logging
 import math
 import os
-import reprlib
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainbus import ranks
 from trainbus.callback import Callback
 from trainbus.checkpoint.retention import Retention
-from trainbus.errors import PayloadError, did_you_mean
+from trainbus.errors import PayloadError
+from trainbus_callbacks.arguments import checked_keep
 from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, is_comparable, resolve_mode
 from trainbus_callbacks.earlier_runs import reconcile, warning_of_other_runs
-from trainbus_callbacks.naming import FilledName, NameTemplate
-from trainbus_callbacks.scalars import as_float, describe, floats_of
+from trainbus_callbacks.naming import COUNTERS, FilledName, NameTemplate
+from trainbus_callbacks.scalars import as_float, describe, floats_of, why_no_number
 from trainbus_callbacks.triggers import Every, Moment, Trigger, trigger_of
 
 __all__ = ["ModelCheckpoint"]
 
 logger = logging.getLogger("trainbus")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """
+    What rank 0 has decided, for all ranks.
+
+    Attributes:
+        path: The file to save, or None: nothing is saved.
+        score: The monitored metric, if there is one.
+        is_best: It is better than before.
+        threshold_passed: As of the ledger.
+    """
+
+    path: str | None
+    score: float | None
+    is_best: bool
+    threshold_passed: bool
 
 
 class ModelCheckpoint(Callback):
@@ -33,7 +51,8 @@ class ModelCheckpoint(Callback):
 
     Called last of the callbacks at an event (priority 100), on the training thread, so that the file
     holds what the others did. It asks `handler.save_async` and goes on: only a copy of the state is
-    waited for. Rank 0 decides and writes; elsewhere nothing happens.
+    waited for. With several ranks all save together and rank 0 writes. Where a metric, the time or a
+    predicate decides, rank 0 does, and tells the others in one message; counts of steps and epochs need none.
 
     Args:
         filepath: A template such as ``"runs/best_{epoch:03d}_{val_loss:.4f}.pt"``. Fields are ``epoch``
@@ -104,7 +123,7 @@ class ModelCheckpoint(Callback):
         self.mode = resolve_mode(monitor, mode)
         self.save_freq = save_freq
         self.initial_value_threshold = initial_value_threshold
-        self.keep = _checked_keep(keep, monitor, self._template)
+        self.keep = checked_keep(keep, monitor, self._template)
         self._name = name
         self._shared = shared
         self._ledger = ScoreLedger(self.mode, initial_value_threshold)
@@ -147,7 +166,7 @@ class ModelCheckpoint(Callback):
 
     def on_train_begin(self, handler: Any) -> None:
         """Refuse a name that another callback saves under, and warn of another run's files."""
-        if _decides(handler):
+        if _takes_part(handler):
             self._last_due = time.monotonic()
             self._refuse_name_of_another(handler)
             self._reserve(handler)
@@ -157,7 +176,7 @@ class ModelCheckpoint(Callback):
         self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
     ) -> None:
         """Save if by `save_freq` it is time to."""
-        if not _decides(handler):
+        if not _takes_part(handler):
             return
         if not self._prepared and not handler.accumulating:
             # An optimizer has stepped, so the state has its size.
@@ -176,7 +195,7 @@ class ModelCheckpoint(Callback):
         self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
     ) -> None:
         """Save if by `save_freq` it is time to, or if a save waited for gradient accumulation to end."""
-        if not _decides(handler):
+        if not _takes_part(handler):
             return
         self._saw_epoch_end = True
         if self._trigger.within_epochs:
@@ -194,7 +213,7 @@ class ModelCheckpoint(Callback):
 
     def on_train_end(self, handler: Any) -> None:
         """Warn if by `save_freq` it was never time to save in a run of one epoch or more."""
-        if not _decides(handler) or not self._saw_epoch_end or self._was_due:
+        if not _takes_part(handler) or handler.rank != 0 or not self._saw_epoch_end or self._was_due:
             return
         if self._ledger.expected.last_step_saved is None and self._is_new("never due"):
             _warn(
@@ -263,7 +282,10 @@ class ModelCheckpoint(Callback):
         return time.monotonic() - self._last_due
 
     def _ask_trigger(self, moment: Moment) -> None:
-        if self._trigger.is_due(moment):
+        def is_due() -> bool:
+            return self._trigger.is_due(moment)
+
+        if is_due() if self._trigger.is_counted else ranks.decide(is_due, "ModelCheckpoint's save_freq"):
             self._due = self._was_due = True
             self._last_due = time.monotonic()
 
@@ -288,6 +310,30 @@ class ModelCheckpoint(Callback):
         expects_metric: bool,
     ) -> None:
         """Save if this event's metric allows it."""
+
+        def choose() -> _Choice:
+            return self._choose(handler, epoch, batch, global_step, logs, expects_metric=expects_metric)
+
+        # Metrics of batches differ from rank to rank, and a name may be made of them.
+        counted = self.monitor is None and set(self._template.fields) <= set(COUNTERS)
+        choice = choose() if counted else ranks.decide(choose, "ModelCheckpoint's decision")
+        self._ledger.threshold_passed = choice.threshold_passed
+        if choice.path is None:
+            return
+        self._reserve(handler)
+        moment = f"step {global_step}" if self._trigger.within_epochs else f"epoch {epoch + 1}"
+        self._save(handler, choice, epoch, global_step, logs, moment)
+
+    def _choose(
+        self,
+        handler: Any,
+        epoch: int,
+        batch: int,
+        global_step: int,
+        logs: Mapping[str, Any],
+        *,
+        expects_metric: bool,
+    ) -> _Choice:
         # What nobody asks for is not read: reading a tensor waits for the device it is on.
         asked = {self.monitor, *self._template.fields}
         floats, unusable = floats_of({name: logs[name] for name in logs if name in asked})
@@ -295,7 +341,7 @@ class ModelCheckpoint(Callback):
         wanted = self._wants(score)
         self._warn_of_metric(score, wanted, logs, unusable, expects_metric)
         if not wanted:
-            return
+            return _Choice(None, score, False, self._ledger.threshold_passed)
         name = self._template.fill(
             epoch=epoch + 1,
             batch=batch + 1,
@@ -306,9 +352,8 @@ class ModelCheckpoint(Callback):
         )
         self._warn_of_missing_fields(name, logs, unusable)
         self._warn_of_other_runs(handler)
-        self._reserve(handler)
-        moment = f"step {global_step}" if self._trigger.within_epochs else f"epoch {epoch + 1}"
-        self._save(handler, name.path, epoch, global_step, logs, score, moment)
+        is_best = score is not None and self._ledger.improves(score)
+        return _Choice(name.path, score, is_best, self._ledger.threshold_passed)
 
     def _refuse_name_of_another(self, handler: Any) -> None:
         for other in handler.callbacks.values():
@@ -333,32 +378,34 @@ class ModelCheckpoint(Callback):
     def _save(
         self,
         handler: Any,
-        path: str,
+        choice: _Choice,
         epoch: int,
         global_step: int,
         logs: Mapping[str, Any],
-        score: float | None,
         moment: str,
     ) -> None:
+        assert choice.path is not None
         before = self._ledger.expected.best_score
-        best = score if score is not None and self._ledger.improves(score) else None
+        best = choice.score if choice.is_best else None
         # Proposed first: the state that goes into the file already counts the file.
-        proposal = self._ledger.propose(path, best, epoch=epoch, global_step=global_step)
+        proposal = self._ledger.propose(choice.path, best, epoch=epoch, global_step=global_step)
         try:
             save = handler.save_async(
-                path,
+                choice.path,
                 weights_only=self.save_weights_only,
                 stream=self.state_key,
                 logs=logs,
                 monitor=self.monitor,
                 mode=self._judged_by,
-                score=score,
+                score=choice.score,
                 keep=self.keep,
             )
         except BaseException:
             self._ledger.withdraw(proposal)
             raise
         proposal.save = save
+        if handler.rank != 0:
+            return
         if best is not None and before is None:
             logger.info("%s: %s is %s, the first", moment, self.monitor, describe(best))
         elif best is not None and before is not None:
@@ -369,6 +416,13 @@ class ModelCheckpoint(Callback):
     def _check_metric_is_there_in_time(self, logs: Mapping[str, Any]) -> None:
         if self._trigger.at_epoch_ends or not self.save_best_only:
             return
+
+        def check() -> None:
+            self._check_batches_hold_metric(logs)
+
+        ranks.decide(check, "ModelCheckpoint's check of its metric")  # a rank may have logged it, another not
+
+    def _check_batches_hold_metric(self, logs: Mapping[str, Any]) -> None:
         if self._batches_hold_metric is False and self.monitor in logs:
             raise ValueError(
                 f"{self.state_key} can never save: it decides at the end of batches, and "
@@ -395,7 +449,7 @@ class ModelCheckpoint(Callback):
         # The metric of an epoch is not expected in each batch, unless saves depend on it.
         if (expected or self.monitor in unusable) and self._is_new(f"metric {self.monitor}"):
             _warn(
-                f"{self.state_key} cannot judge by {_reason(self.monitor, logs, unusable)} "
+                f"{self.state_key} cannot judge by {why_no_number(self.monitor, logs, unusable)} "
                 f"{'It saves all the same.' if wanted else 'It saves nothing until the metric is there.'}"
             )
 
@@ -404,8 +458,9 @@ class ModelCheckpoint(Callback):
     ) -> None:
         for field in name.missing:
             if self._is_new(f"field {field}"):
+                why = why_no_number(field, logs, unusable)
                 _warn(
-                    f"The file name {self._template.last!r} cannot hold {_reason(field, logs, unusable)} "
+                    f"The file name {self._template.last!r} cannot hold {why} "
                     f"It goes without: {os.path.basename(name.path)!r}."
                 )
 
@@ -413,7 +468,7 @@ class ModelCheckpoint(Callback):
         if self._looked_for_other_runs:
             return
         self._looked_for_other_runs = True
-        if not handler.resumed:
+        if handler.rank == 0 and not handler.resumed:
             message = warning_of_other_runs(self._template, handler.run_id, self.monitor, self.mode)
             if message is not None:
                 _warn(message)
@@ -424,25 +479,6 @@ class ModelCheckpoint(Callback):
         return new
 
 
-def _checked_keep(keep: Any, monitor: str | None, template: NameTemplate) -> Retention | None:
-    if keep is None:
-        return None
-    if not isinstance(keep, Retention):
-        raise TypeError(
-            f"keep must be KeepLast(3), KeepBest(2), KeepEvery(epochs=10) or several with |, got {keep!r}."
-        )
-    if keep.needs_scores and monitor is None:
-        raise ValueError(f"keep={keep!r} needs a metric to judge by. Name it, e.g. monitor='val_loss'.")
-    if not template.fields:
-        warnings.warn(
-            f"keep={keep!r} has nothing to choose from: each save under {template.last!r} replaces the one "
-            "before. Put a field into the name, e.g. {epoch}.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return keep
-
-
 def _short(trigger: Trigger) -> Trigger | int | None:
     """Return a trigger as it is written in a state key: a number of batches alone, and nothing for epochs."""
     if trigger == Every(epochs=1):
@@ -450,20 +486,13 @@ def _short(trigger: Trigger) -> Trigger | int | None:
     return trigger.steps if isinstance(trigger, Every) and trigger.steps is not None else trigger
 
 
-def _decides(handler: Any) -> bool:
+def _takes_part(handler: Any) -> bool:
     if handler is None:
         raise PayloadError(
             "ModelCheckpoint needs events that carry a handler, and this one has none. Set bus.handler, "
             "or emit it with handler=...; trainbus.testing.FakeHandler is one for tests."
         )
-    return bool(handler.rank == 0)
-
-
-def _reason(name: str, logs: Mapping[str, Any], unusable: Mapping[str, Any]) -> str:
-    if name in unusable:
-        return f"{name!r}: its value is {reprlib.repr(unusable[name])}, which is not one real number."
-    known = ", ".join(one if one.isprintable() else repr(one) for one in logs) or "none"
-    return f"{name!r}: it is not among the logs.{did_you_mean(name, logs)} Available: {known}."
+    return bool(handler.rank == 0 or ranks.together())
 
 
 def _warn(message: str) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["as_float", "describe", "floats_of"]
+from trainbus.errors import did_you_mean
+
+__all__ = ["as_float", "describe", "floats_of", "why_no_number"]
 
 
 def as_float(value: Any) -> float | None:
@@ -49,3 +52,11 @@ def describe(value: float) -> str:
 def _element_count(value: Any) -> int:
     numel = getattr(value, "numel", None)
     return int(numel() if callable(numel) else getattr(value, "size", 1))
+
+
+def why_no_number(name: str, logs: Mapping[str, Any], unusable: Mapping[str, Any]) -> str:
+    """Return a clause that names a metric and says why there is no number, as far as *unusable* tells."""
+    if name in unusable:
+        return f"{name!r}: its value is {reprlib.repr(unusable[name])}, which is not one real number."
+    known = ", ".join(one if one.isprintable() else repr(one) for one in logs) or "none"
+    return f"{name!r}: it is not among the logs.{did_you_mean(name, logs)} Available: {known}."

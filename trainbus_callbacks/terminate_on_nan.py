@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from trainbus import ranks
 from trainbus.callback import Callback
 from trainbus_callbacks.arguments import require_count
 from trainbus_callbacks.scalars import as_float
@@ -18,7 +17,7 @@ class TerminateOnNaN(Callback):
     """
     Stop the run when a metric of a training batch is NaN or infinite, naming metric, value and step.
 
-    In a run of several processes the ranks tell each other at every look, and all stop if one has to.
+    In a run of several processes each looks at its own metrics, and all stop in the same batch if one has to.
     It saves nothing; a `ModelCheckpoint` later in the same event would still save the weights that
     made the NaN, so monitor a metric there: NaN is never the best.
 
@@ -41,12 +40,10 @@ class TerminateOnNaN(Callback):
         self.every = every
 
     def on_train_batch_end(self, handler: Any, global_step: int, logs: Mapping[str, Any]) -> None:
-        """Look at the batch's metrics. A collective where there are several ranks."""
-        if global_step % self.every:
-            return
-        found = [reason for reason in ranks.gather(self._find(logs, global_step)) if reason is not None]
-        if found:
-            handler.stop(found[0])
+        """Look at the batch's metrics."""
+        found = None if global_step % self.every else self._find(logs, global_step)
+        if found is not None:
+            handler.stop(found)
 
     def _find(self, logs: Mapping[str, Any], global_step: int) -> str | None:
         for name in self.monitors:

@@ -40,10 +40,13 @@ class Trigger:
     Attributes:
         within_epochs: Whether it may say yes at the end of a batch.
         at_epoch_ends: Whether it may say yes at the end of an epoch.
+        is_counted: Whether it goes by counts of epochs and steps alone, which all ranks know; by default not,
+            and rank 0 is asked.
     """
 
     within_epochs: bool = True
     at_epoch_ends: bool = False
+    is_counted: bool = False
 
     def is_due(self, moment: Moment) -> bool:
         """Return whether to save at *moment*."""
@@ -103,6 +106,11 @@ class Every(Trigger):
         """Whether it may say yes at the end of an epoch."""
         return self.epochs is not None
 
+    @property
+    def is_counted(self) -> bool:  # type: ignore[override]
+        """Whether all ranks know it without being told."""
+        return self.minutes is None
+
     def is_due(self, moment: Moment) -> bool:
         """Return whether to save at *moment*."""
         if self.epochs is not None:
@@ -141,6 +149,10 @@ class _AnyOf(Trigger):
     @property
     def at_epoch_ends(self) -> bool:  # type: ignore[override]
         return any(part.at_epoch_ends for part in self.parts)
+
+    @property
+    def is_counted(self) -> bool:  # type: ignore[override]
+        return all(part.is_counted for part in self.parts)
 
     def is_due(self, moment: Moment) -> bool:
         return any(part.is_due(moment) for part in self.parts)

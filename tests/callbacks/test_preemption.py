@@ -86,21 +86,23 @@ class TestFakeEvents:
 
         assert handler.saves == [] and "SIGTERM came too late" in caplog.text
 
-    def test_other_ranks_hear_of_it(self, monkeypatch, caplog):
-        """A rank that got no signal stops in the same batch as the one that did, and does not write."""
-        monkeypatch.setattr(ranks, "gather", lambda value: [value, signal.SIGTERM])
+    def test_other_ranks_hear_of_it(self, caplog):
+        """A rank that got no signal stops and saves with the one that did; rank 0 says so."""
         handler = FakeHandler(rank=1)
-        handler.add_callback(Preemption("a.pt"))
+        callback = handler.add_callback(Preemption("a.pt"))
         handler.bus.emit("train_begin")
+        handler.tell(callback.state_key, int(signal.SIGTERM))  # as rank 0 did
         with caplog.at_level(logging.INFO, "trainbus"):
             handler.bus.emit("train_batch_end")
 
-        assert handler.stopped and handler.saves == [] and "Saving" not in caplog.text
+        assert handler.stop_reason == "SIGTERM came." and "Saving" not in caplog.text
+        assert callback.received is signal.SIGTERM
         handler.bus.emit("train_end")
+        assert "too late" not in caplog.text
 
     def test_several_ranks_amid_validation(self, monkeypatch):
         """Where ranks may validate different numbers of batches, none waits for another there."""
-        monkeypatch.setattr(ranks, "world_size", lambda: 2)
+        monkeypatch.setattr(ranks, "together", lambda: True)
         handler, _ = fake()
         handler.bus.emit("train_begin")
         signal.raise_signal(signal.SIGTERM)
@@ -110,6 +112,17 @@ class TestFakeEvents:
         handler.bus.emit("epoch_end")
         assert handler.stopped
         handler.bus.emit("train_end")
+
+    def test_not_heard_any_more(self, monkeypatch, caplog):
+        """A signal that the other ranks would have heard of behind the last batch is told of."""
+        handler, _ = fake()
+        handler.bus.emit("train_begin")
+        signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr(handler, "heard", lambda key: [])
+        handler.bus.emit("epoch_end")
+        handler.bus.emit("train_end")
+
+        assert handler.saves == [] and "SIGTERM came too late" in caplog.text
 
     def test_slow_disk(self, caplog):
         """Where the file is not there in time, the log says so and the loop ends all the same."""

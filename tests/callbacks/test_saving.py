@@ -12,11 +12,12 @@ import weakref
 
 import pytest
 
+from trainbus import ranks
 from trainbus.bus import EventBus
 from trainbus.callback import Callback
 from trainbus.errors import PayloadError
 from trainbus.testing import FakeHandler, emit_run
-from trainbus_callbacks import ModelCheckpoint
+from trainbus_callbacks import Every, ModelCheckpoint
 
 DISK_FULL = OSError(28, "No space left on device")
 
@@ -1007,3 +1008,36 @@ def test_import_is_light():
     )
 
     assert result.stdout.strip() == "[]"
+
+
+class TestSeveralRanks:
+    @pytest.fixture
+    def decided(self, monkeypatch):
+        """Put this process among several ranks, and return what they were asked to decide together."""
+        asked = []
+        monkeypatch.setattr(ranks, "together", lambda: True)
+        monkeypatch.setattr(ranks, "decide", lambda call, what: asked.append(what) or call())
+        return asked
+
+    def test_counts_are_known(self, decided, tmp_path):
+        """Steps and epochs, and names made of them, need no word between the ranks."""
+        for save_freq in ("epoch", 2, Every(epochs=1) | Every(steps=3)):
+            train(ModelCheckpoint(tmp_path / "{epoch}_{global_step}.pt", save_freq=save_freq), [0.5, 0.4])
+
+        assert decided == []
+
+    @pytest.mark.parametrize(
+        "save_freq", [Every(minutes=1e-9), lambda moment: True, Every(steps=2) | Every(minutes=1)]
+    )
+    def test_time_and_predicates(self, decided, tmp_path, save_freq):
+        """Rank 0 is asked where clocks and predicates may differ."""
+        train(ModelCheckpoint(tmp_path / "{global_step}.pt", save_freq=save_freq), [0.5, 0.4])
+
+        assert set(decided) == {"ModelCheckpoint's save_freq"}
+
+    @pytest.mark.parametrize(("name", "monitor"), [("a.pt", "val_loss"), ("{val_loss}.pt", None)])
+    def test_metrics(self, decided, tmp_path, name, monitor):
+        """So where a metric decides, or is in the name."""
+        train(ModelCheckpoint(tmp_path / name, monitor), [0.5, 0.4])
+
+        assert set(decided) == {"ModelCheckpoint's decision"} and len(decided) == 2

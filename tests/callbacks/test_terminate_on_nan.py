@@ -7,7 +7,7 @@ import math
 import pytest
 
 from trainbus.testing import FakeHandler, emit_run
-from trainbus_callbacks import TerminateOnNaN, terminate_on_nan
+from trainbus_callbacks import TerminateOnNaN
 
 
 def steps_of(values, callback, name="loss"):
@@ -38,14 +38,6 @@ class TestStops:
         assert not steps_of([math.nan], TerminateOnNaN(), name="other").stopped
         assert not steps_of(["text"], TerminateOnNaN()).stopped
         assert steps_of([math.nan], TerminateOnNaN("loss", "other"), name="other").stopped
-
-    def test_another_rank(self, monkeypatch):
-        """What another rank has found stops this one too, in the same batch."""
-        monkeypatch.setattr(terminate_on_nan.ranks, "gather", lambda mine: [mine, "loss is nan at step 1."])
-
-        handler = steps_of([1.0, 1.0], TerminateOnNaN())
-
-        assert handler.global_step == 1 and handler.stop_reason == "loss is nan at step 1."
 
     def test_mistakes(self):
         """What names no metric, or no number of batches, is refused at construction."""

@@ -165,6 +165,7 @@ class FakeHandler:
         self.bus = EventBus()
         self.bus.handler = self
         self._auto_complete = auto_complete
+        self._told: dict[str, list[Any]] = {}
 
     @property
     def saves_in_flight(self) -> int:
@@ -243,6 +244,14 @@ class FakeHandler:
         if self._auto_complete:
             save.succeed()
         return pending
+
+    def tell(self, key: str, value: Any) -> None:
+        """Let it be heard at once, as with one rank."""
+        self._told.setdefault(key, []).append(value)
+
+    def heard(self, key: str) -> list[Any]:
+        """Return what was told under *key* and not heard yet."""
+        return self._told.pop(key, [])
 
     def stop(self, reason: str = "stop() was called") -> None:
         """End the run before its next batch."""
