@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainbus.errors import TrainbusError
 from trainbus.loop.moments import Moments
+from trainbus.state.sampler_epochs import SamplerEpochs
 
 if TYPE_CHECKING:
     from trainbus.handler import Handler
@@ -38,6 +39,7 @@ class Loop:
         self._handler = handler
         self._moments = moments
         self._progress = moments.progress
+        self._sampler_epochs = SamplerEpochs()
         self._target: int | None = None  # global step at which steps() ends
         self._inner: weakref.ref[Generator[Any, None, None]] | None = None  # the batches() handed out last
         self._round = 0  # counts loads; a generator from before one must not go on
@@ -148,6 +150,7 @@ class Loop:
         self.total_batches = _length(loader)
         iterator = self._rest_of(loader)
         if iterator is None:
+            self._sampler_epochs.tell(loader, self._progress.epoch)
             iterator = moments.positions.open(loader, "train", restore_rng=moments.restore_rng)
         try:
             while not self._is_over():

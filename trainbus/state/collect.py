@@ -15,6 +15,7 @@ import torch
 
 from trainbus.errors import StateMismatchError, did_you_mean
 from trainbus.state.scaler import scaler_numbers, scaler_state
+from trainbus.state.split_state import refuse_split_state
 
 __all__ = ["KEYS", "Parts", "Stateful", "check_parts", "collect", "collect_weights", "restore"]
 
@@ -81,7 +82,7 @@ def restore(parts: Parts, state: Mapping[str, Any], only: Collection[str], stric
 
 def check_parts(parts: Parts) -> None:
     """
-    Raise TypeError for a part that has no state to save and load, naming it.
+    Raise TypeError for a part that has no state to save and load, or not on this rank alone, naming it.
 
     An optimizer or scheduler may be None, and each part but the scaler a dict of several.
     """
@@ -104,6 +105,7 @@ def check_parts(parts: Parts) -> None:
                     f"Cannot save {place}={one!r}: it has no state_dict() and load_state_dict(). "
                     "Give an object that has both, or a dict of such objects by name."
                 )
+    refuse_split_state(parts.module, parts.optimizer)
 
 
 def _state_of(thing: Any) -> Any:

@@ -1,0 +1,41 @@
+"""Which epoch a distributed sampler shuffles for: untold, it gives each epoch the order of the first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["SamplerEpochs"]
+
+
+class SamplerEpochs:
+    """Tells the samplers of training loaders the epoch, unless the script does. Training thread."""
+
+    def __init__(self) -> None:
+        self._told: list[tuple[Any, int]] = []  # samplers may be unhashable
+
+    def tell(self, loader: Any, epoch: int) -> None:
+        """
+        Call ``set_epoch`` of the samplers of *loader* that have one, as `DistributedSampler` does.
+
+        One whose ``epoch`` is not what it was told here, at first 0, is left alone: the script counts by
+        itself.
+
+        Args:
+            loader: Whatever batches come from.
+            epoch: 0-based; the same on all ranks, and after a resume that of the run that was killed.
+        """
+        for sampler in _samplers(loader):
+            told = next((number for one, number in self._told if one is sampler), 0)
+            if getattr(sampler, "epoch", told) == told:
+                sampler.set_epoch(epoch)
+                self._told = [pair for pair in self._told if pair[0] is not sampler] + [(sampler, epoch)]
+
+
+def _samplers(loader: Any) -> list[Any]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found: list[Any] = []
+    for owner in owners:
+        if callable(getattr(owner, "set_epoch", None)) and not any(owner is one for one in found):
+            found.append(owner)
+    return found
