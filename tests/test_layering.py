@@ -174,7 +174,12 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.load",
         "trainbus.state.",
     },
-    "trainbus.save_reports": {"trainbus.errors", "trainbus.bus", "trainbus.checkpoint.stats"},
+    "trainbus.save_reports": {
+        "trainbus.errors",
+        "trainbus.ranks",
+        "trainbus.bus",
+        "trainbus.checkpoint.stats",
+    },
     "trainbus.run_position": {*RUN, "trainbus.checkpoint.saver", "trainbus.save_requests"},
     "trainbus.run_saving": {
         *RUN,

@@ -129,7 +129,8 @@ def load_newest(
         if any(failures):
             logger.warning("Passed over while resuming: %s", own or _first_failure(path, failures))
             continue
-        logger.info("resumed from %s: epoch %d, global step %d", path, epoch + 1, global_step)
+        if ranks.rank() == 0:
+            logger.info("resumed from %s: epoch %d, global step %d", path, epoch + 1, global_step)
         return manifest
     return None
 

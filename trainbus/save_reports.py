@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
+from trainbus import ranks
 from trainbus.bus import EventBus
 from trainbus.checkpoint.stats import CheckpointStats, LostTime
 from trainbus.errors import CheckpointError
@@ -26,6 +27,7 @@ class SaveReports:
     """
     The run's own receivers of ``checkpoint_*``, on the training thread.
 
+    Of several ranks each counts, and raises, and rank 0 alone logs.
     The one that raises a failed save is the last in order, so that everybody has heard of it.
 
     Attributes:
@@ -57,7 +59,7 @@ class SaveReports:
     def log_summary(self, lost: LostTime) -> None:
         """Log the sums, and the knob that would have lowered them if it is worth turning."""
         stats = self.stats_with(lost)
-        if not stats.saves + stats.skipped + stats.failed:
+        if ranks.rank() != 0 or not stats.saves + stats.skipped + stats.failed:
             return
         logger.info("%s", stats.summary())
         training = time.monotonic() - self._begun
@@ -73,12 +75,15 @@ class SaveReports:
         self.stats.saves += 1
         self.stats.bytes += size
         self.stats.seconds_to_durable += seconds
+        if ranks.rank() != 0:
+            return
         name, megabytes, digits = os.path.basename(path), size / 1e6, 1 if seconds >= 0.1 else 2
         logger.info("saved %s (%.1f MB, %.*f s in the background)", name, megabytes, digits, seconds)
 
     def _on_skipped(self, path: str, reason: str) -> None:
         self.stats.skipped += 1
-        logger.warning("%s was not saved: %s.", path, reason)
+        if ranks.rank() == 0:
+            logger.warning("%s was not saved: %s.", path, reason)
 
     def _on_failed(self, error: CheckpointError) -> None:
         self.stats.failed += 1
@@ -91,7 +96,8 @@ class SaveReports:
         error.seen = True
         if self._raises:
             raise error
-        logger.error("%s", error)
+        if ranks.rank() == 0:
+            logger.error("%s", error)
 
 
 class _Poster(Protocol):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from trainbus import Handler
 from trainbus.state.sampler_epochs import SamplerEpochs
 
 
@@ -66,3 +68,12 @@ class TestTell:
         epochs = SamplerEpochs()
         epochs.tell([1, 2], 1)
         epochs.tell(DataLoader(range(8), shuffle=True), 1)
+
+    def test_loop_tells(self):
+        """A loop of the handler tells its training loader, which has another order in each epoch."""
+        data = list(range(32))
+        loader = DataLoader(data, sampler=DistributedSampler(data, num_replicas=1, rank=0))
+        with Handler(nn.Linear(1, 1)) as handler:
+            orders = [[batch.item() for batch in handler.batches(loader)] for _ in handler.epochs(2)]
+
+        assert sorted(orders[0]) == sorted(orders[1]) == data and orders[0] != orders[1]

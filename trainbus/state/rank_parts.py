@@ -5,10 +5,13 @@ Weights and optimizer are the same on all ranks of replicated training, so rank 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainbus.state.plain_types import to_plain
+import torch
+
+from trainbus.state.plain_types import from_plain, to_plain
 
 __all__ = ["KEY", "OWN", "give", "own_state", "together"]
 
@@ -17,9 +20,11 @@ OWN = ("progress", "rng", "data")
 
 
 def give(collected: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a rank gives to the file, in plain types, or in their place why it cannot."""
+    """Return what a rank gives to the file, as bytes of a file of its own, or in its place why it cannot."""
+    stream = io.BytesIO()
     try:
-        return {"part": to_plain(dict(collected))}
+        torch.save(to_plain(dict(collected)), stream)
+        return {"part": stream.getvalue()}
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"}
 
@@ -38,7 +43,12 @@ def together(given: Sequence[Mapping[str, Any]] | None, world_size: int) -> dict
     for rank, one in enumerate(given or ()):
         if "failed" in one:
             raise RuntimeError(f"the state of rank {rank} cannot be saved: {one['failed']}")
-    return {"world_size": world_size, "parts": None if given is None else [one["part"] for one in given]}
+    parts = None if given is None else [_taken(rank, one["part"]) for rank, one in enumerate(given)]
+    return {"world_size": world_size, "parts": parts}
+
+
+def _taken(rank: int, part: bytes) -> Any:
+    return from_plain(torch.load(io.BytesIO(part), weights_only=True), f"the part of rank {rank}")
 
 
 def own_state(

@@ -1,0 +1,27 @@
+"""The example for several processes runs under torchrun as its page says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parent.parent.parent / "docs/examples/ddp.py"
+
+
+@pytest.mark.full
+def test_goes_on_exactly(torchrun, tmp_path):
+    """Run in two parts it says, digit for digit, what it says in one; finished, it does little."""
+
+    def say(epochs: int, folder: str) -> list[str]:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        printed = torchrun(2, EXAMPLE, epochs, cwd=place)
+        assert "Error" not in printed, printed
+        return [line for line in printed.splitlines() if line.startswith("epoch ")]
+
+    whole = say(4, "whole")
+    first, second, third = say(2, "parts"), say(4, "parts"), say(4, "parts")
+
+    assert len(whole) == 4 and first == whole[:2] and second == whole[2:]
+    assert third in ([], whole[-1:])  # the batches behind its last save
