@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -165,6 +166,112 @@ class TestWrite:
 
         assert content(fd)[:200] == data
         assert len(content(fd)) == final.size
+
+
+class TestWriteInPlace:
+    def pages(self, count: int) -> memoryview:
+        mapping = mmap.mmap(-1, count * 4096)
+        mapping[:] = np.random.default_rng(0).bytes(count * 4096)
+        return memoryview(mapping)
+
+    @pytest.mark.parametrize("before", [0, 100, 4096, 8192])
+    @pytest.mark.parametrize("length", [0, 5, 4096, 3 * 4096, 5 * 4096 + 9])
+    def test_same_file(self, fd, threads, before, length):
+        """
+        The file and its digest are those of a stream that copies all, wherever the bytes begin and end.
+        """
+        pages = self.pages(8)
+        with OutputStream(fd, Disk(), threads) as stream:
+            stream.write(pages[:before])
+            stream.write_in_place(pages[8192 : 8192 + length])
+            stream.write_in_place(pages[:0])
+            stream.write(b"behind" + END_RECORD)
+            final = stream.finish(MANIFEST)
+
+        written = content(fd)
+        assert written.startswith(bytes(pages[:before]) + bytes(pages[8192 : 8192 + length]) + b"behindPK")
+        assert len(written) == final.size
+        zeroed = written.replace(final.digest.encode(), b"0" * 32)
+        assert xxhash.xxh3_128_hexdigest(zeroed) == final.digest
+
+    def test_is_not_copied(self, fd):
+        """
+        Whole blocks go to the disk from the memory they lie in, in one write, past the page cache.
+        """
+
+        class Addresses(Recorder):
+            def __init__(self) -> None:
+                super().__init__()
+                self.at: list[int] = []
+
+            def write(self, fd: int, data: memoryview, position: int) -> int:
+                self.at.append(np.frombuffer(data, dtype=np.uint8).ctypes.data)
+                return super().write(fd, data, position)
+
+        pages, disk = self.pages(4), Addresses()
+        stream = OutputStream(fd, disk, inline())
+        stream.write(bytes(4096))
+        stream.write_in_place(pages)
+        stream.write(END_RECORD)
+        stream.finish(MANIFEST)
+
+        assert disk.lengths[:2] == [4096, 4 * 4096]
+        assert disk.at[1] == np.frombuffer(pages, dtype=np.uint8).ctypes.data
+        assert disk.bypassed[:2] == [True, True]
+
+    def test_not_begun_on_a_block(self, fd):
+        """
+        What would not begin at a block of the file is copied, for the disk would refuse it.
+        """
+        disk = Recorder()
+        stream = OutputStream(fd, disk, inline())
+        stream.write(b"ab")
+        stream.write_in_place(self.pages(2))
+
+        assert disk.lengths == []
+
+    def test_leaving_waits(self, fd, threads):
+        """
+        The memory may change once the stream is left, and not before.
+        """
+        disk = Gate()
+        with pytest.raises(RuntimeError, match="leave"), OutputStream(fd, disk, threads) as stream:
+            stream.write_in_place(self.pages(1))
+            assert disk.reached.wait(30)
+            threading.Timer(0.1, disk.open.set).start()
+            raise RuntimeError("leave")
+
+        assert os.fstat(fd).st_size == 4096
+
+    def test_after_an_error(self, fd):
+        """
+        After a write that failed, nothing more is taken.
+        """
+
+        class Broken(Disk):
+            asked = 0
+
+            def write(self, fd: int, data: memoryview, position: int) -> int:
+                self.asked += 1
+                raise OSError(errno.EIO, "broken")
+
+        disk = Broken()
+        stream = OutputStream(fd, disk, inline())
+        for _ in range(2):
+            with pytest.raises(OSError, match="broken"):
+                stream.write_in_place(self.pages(1))
+
+        assert disk.asked == 1
+
+    def test_nothing_behind_it(self, fd):
+        """
+        A file that would end with such bytes has no end record, and is refused.
+        """
+        stream = OutputStream(fd, Disk(), inline())
+        stream.write_in_place(self.pages(1))
+
+        with pytest.raises(ValueError, match="no zip"):
+            stream.finish(MANIFEST)
 
 
 class TestThreads:

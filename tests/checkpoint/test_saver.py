@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
-from trainbus.checkpoint import background_copy, fence, saver, staging_copy
+from trainbus.checkpoint import archive, background_copy, fence, saver, staging_copy
 from trainbus.checkpoint.background_copy import BackgroundCopy
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.load import load_file
@@ -793,6 +793,21 @@ class TestChecksums:
             assert torch.serialization.get_crc32_options() is False
         finally:
             torch.serialization.set_crc32_options(before)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_file_is_equal_either_way(train, monkeypatch, works):
+    """
+    A save that has to go through ``torch.save`` holds the same, with sums that are right.
+    """
+    monkeypatch.setattr(archive, "_works", lambda: works)
+    training = train()
+    save = training.save()
+
+    assert training.values(save) == {0.0}
+    with zipfile.ZipFile(save.path) as file:
+        assert file.testzip() is None
+        assert ("archive/.format_version" in file.namelist()) is not works
 
 
 def test_copying_thread_ends(train):

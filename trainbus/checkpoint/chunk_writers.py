@@ -84,12 +84,12 @@ class ChunkWriters:
             self._free.append(chunk)
             self._changed.notify_all()
 
-    def write(self, chunk: np.ndarray, write: Callable[[], None]) -> None:
+    def write(self, chunk: np.ndarray | None, write: Callable[[], None]) -> None:
         """
         Have *write* called by one of the threads, then take *chunk* back.
 
         Args:
-            chunk: What it writes from.
+            chunk: What it writes from; None if that is not one of these chunks.
             write: Must not raise: what it meets is its own to remember.
         """
 
@@ -97,7 +97,8 @@ class ChunkWriters:
             try:
                 write()
             finally:
-                self.give_back(chunk)
+                if chunk is not None:
+                    self.give_back(chunk)
 
         with self._changed:
             if self._threads:

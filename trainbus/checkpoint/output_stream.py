@@ -20,14 +20,17 @@ __all__ = ["OutputStream"]
 # What file systems answer to a write past the page cache that they cannot do.
 _CANNOT_BYPASS = {errno.EINVAL, errno.ENOTSUP}
 
+_BLOCK = 4096
+
 
 class OutputStream:
     """
     Collects, hashes and writes what it is given, and puts the manifest at its end.
 
-    One thread fills it. Whole chunks, at multiples of their size and from page-aligned memory,
-    go to *writers* and past the page cache where the file system can do that: the bytes are
-    needed on the disk, not in memory, and copying them there costs more than half of the time.
+    One thread fills it. Whole blocks, from page-aligned memory, be it a chunk that was filled or
+    what lay ready elsewhere, go to *writers* and past the page cache where the file system can do
+    that: the bytes are needed on the disk, not in memory, and copying them there costs more than
+    half of the time.
     The last bytes stay behind until `finish`: of a zip the 22 that the manifest's length has to
     go into. Leaving it as a context manager waits until no thread writes to *fd* any more.
 
@@ -81,8 +84,24 @@ class OutputStream:
             self._used += count
             taken += count
             if self._used == self._limit:
-                self._hand_on()
+                self._hand_on(self._writers.chunk_bytes)
         return int(source.size)
+
+    def write_in_place(self, data: memoryview) -> None:
+        """
+        Take all of *data* without copying it: it must not change until this is left.
+
+        Begin it at a multiple of 4,096 bytes in the file and in memory; elsewhere, and behind its
+        last whole block, it is copied after all. What ends the file must come through `write`.
+        """
+        if self.error is not None:
+            raise self.error
+        whole = len(data) - len(data) % _BLOCK if self._used % _BLOCK == 0 else 0
+        if whole:
+            if self._used:
+                self._hand_on(self._used)
+            self._write_behind(data[:whole])
+        self.write(data[whole:])
 
     def flush(self) -> None:
         """Do nothing: only `finish` may write the last bytes."""
@@ -141,23 +160,27 @@ class OutputStream:
     def _limit(self) -> int:
         return self._writers.chunk_bytes + self._held_back
 
-    def _hand_on(self) -> None:
-        """Give the full chunk to the writers and go on in another one, with the bytes held back."""
-        full, count, position = self._memory, self._writers.chunk_bytes, self._handed_on
-        if position == 0:
-            with contextlib.suppress(OSError):  # then it goes through the cache
-                self._bypassing = self._disk.bypass_cache(self._fd, True)
-        chunk = full[:count].data
-        self._hasher.update(chunk)
-        held_back = full[count : self._limit].copy()
-        with self._changed:
-            self._in_flight += 1
-        self._writers.write(full, lambda: self._write_chunk(chunk, position))
-        self._handed_on += count
+    def _hand_on(self, count: int) -> None:
+        """Give *count* bytes of the chunk to the writers and go on in another one, with the rest of them."""
+        full = self._memory
+        held_back = full[count : self._used].copy()
+        self._write_behind(full[:count].data, full)
         self._memory = self._writers.take()
         self._memory[: held_back.size] = held_back
         self._used = held_back.size
         self._raise_error()
+
+    def _write_behind(self, data: memoryview, chunk: np.ndarray | None = None) -> None:
+        """Hash *data* and have it written; *chunk* is free then."""
+        position = self._handed_on
+        if position == 0:
+            with contextlib.suppress(OSError):  # then it goes through the cache
+                self._bypassing = self._disk.bypass_cache(self._fd, True)
+        self._hasher.update(data)
+        with self._changed:
+            self._in_flight += 1
+        self._handed_on += len(data)
+        self._writers.write(chunk, lambda: self._write_chunk(data, position))
 
     def _write_chunk(self, chunk: memoryview, position: int) -> None:
         try:

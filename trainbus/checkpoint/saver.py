@@ -12,12 +12,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.profiler import record_function
 
 from trainbus.checkpoint import collector, fence
+from trainbus.checkpoint.archive import Stream, write_archive
 from trainbus.checkpoint.background_copy import BackgroundCopy
 from trainbus.checkpoint.background_writer import BackgroundWriter
 from trainbus.checkpoint.chunk_writers import ChunkWriters
@@ -146,7 +147,7 @@ class Saver:
             return commit(
                 path,
                 manifest(),
-                lambda stream: _serialize(snapshot.state, stream),
+                lambda stream: _serialize(snapshot, stream),
                 writers=self._chunks,
                 at_least=snapshot.size,
             )
@@ -231,11 +232,13 @@ class Saver:
         times.fenced_at = time.monotonic() - seconds
 
 
-def _serialize(state: Any, stream: BinaryIO) -> None:
-    # Set on this thread, because torch's options belong to one each. Other tools check these sums.
-    torch.serialization.set_crc32_options(True)
+def _serialize(snapshot: Snapshot, stream: BinaryIO) -> None:
+    assert snapshot.image is not None
     with collector.paused():
-        torch.save(state, stream)
+        if not write_archive(snapshot.state, snapshot.image, cast(Stream, stream)):
+            # Set on this thread, because torch's options belong to one each. Other tools check these sums.
+            torch.serialization.set_crc32_options(True)
+            torch.save(snapshot.state, stream)
 
 
 _ALL: weakref.WeakSet[Saver] = weakref.WeakSet()

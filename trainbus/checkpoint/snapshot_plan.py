@@ -144,7 +144,9 @@ class _Extent:
     waits: bool
 
 
-def make_plan(tensors: Sequence[torch.Tensor], waiting: Collection[int] = ()) -> SnapshotPlan:
+def make_plan(
+    tensors: Sequence[torch.Tensor], waiting: Collection[int] = (), *, room: int = 0
+) -> SnapshotPlan:
     """
     Plan the copy of *tensors* (any device, shape, dtype), none of which appears twice.
 
@@ -155,6 +157,7 @@ def make_plan(tensors: Sequence[torch.Tensor], waiting: Collection[int] = ()) ->
         tensors: What to copy.
         waiting: Indices of those that nothing changes for a while. A range waits if all of its
             tensors may and it has at least `SMALLEST_WAITING` bytes.
+        room: Bytes that stay free behind each range, for whoever writes them to a file from there.
 
     Raises:
         ValueError: A tensor reaches beyond its storage, as one does whose memory was freed.
@@ -168,7 +171,7 @@ def make_plan(tensors: Sequence[torch.Tensor], waiting: Collection[int] = ()) ->
         extent.waits = extent.waits and extent.high - extent.low >= SMALLEST_WAITING
     ordered = sorted(found.items(), key=lambda item: (str(item[1].device), item[1].waits))
     extents = [extent for _, extent in ordered]
-    ranges, size = _ranges(extents)
+    ranges, size = _ranges(extents, room)
     number = {key: index for index, (key, _) in enumerate(ordered)}
     layouts = [
         _layout(tensor, None if key is None else number[key], 0 if key is None else found[key].low)
@@ -281,12 +284,12 @@ def _is_whole(tensor: torch.Tensor) -> bool:
     )
 
 
-def _ranges(extents: Sequence[_Extent]) -> tuple[list[ByteRange], int]:
+def _ranges(extents: Sequence[_Extent], room: int) -> tuple[list[ByteRange], int]:
     ranges, position = [], 0
     for extent in extents:
         size = extent.high - extent.low
         ranges.append(ByteRange(extent.tensor, extent.low, size, position, extent.whole))
-        position += -(-size // ALIGNMENT) * ALIGNMENT
+        position += -(-(size + room) // ALIGNMENT) * ALIGNMENT
     return ranges, position
 
 

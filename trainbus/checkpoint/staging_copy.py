@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trainbus.checkpoint.archive import Image
 from trainbus.checkpoint.background_copy import BackgroundCopy, CopyThread, HostMove, Move, Watched
 from trainbus.checkpoint.cuda import Cuda
 from trainbus.checkpoint.device_copy import DeviceStaging, pieces, pin
@@ -26,6 +27,7 @@ from trainbus.checkpoint.snapshot_plan import (
     make_plan,
 )
 from trainbus.checkpoint.staging_memory import StagingBuffer, StagingMemory
+from trainbus.checkpoint.zip_records import ROOM
 
 __all__ = ["Snapshot", "Stager", "take_snapshot"]
 
@@ -41,6 +43,7 @@ class Snapshot:
             `wait`. None once released.
         copy: What is still to be copied; None if nothing is.
         waits: Whether tensors that *copy* reads must not change until they are copied.
+        image: What a file can be written from, once the copy is complete. None once released.
         buffer: The memory.
         size: Bytes that were copied; what is written of them is at least as long.
     """
@@ -48,6 +51,7 @@ class Snapshot:
     def __init__(
         self,
         state: Any,
+        image: Image,
         memory: StagingMemory,
         buffer: StagingBuffer,
         copy: BackgroundCopy | None = None,
@@ -57,6 +61,7 @@ class Snapshot:
     ) -> None:
         self.size = size
         self.state = state
+        self.image: Image | None = image
         self.copy = copy
         self.waits = waits
         self._memory = memory
@@ -82,7 +87,7 @@ class Snapshot:
         """
         if self.copy is not None:
             self.copy.wait_until_arrived()
-        self.state = None
+        self.state = self.image = None
         self._memory.release(self.buffer)
 
 
@@ -184,7 +189,7 @@ class Stager:
     ) -> SnapshotPlan:
         prints = fingerprint(tensors, addresses)
         if self._plan is None or self._seen != (prints, waiting):
-            self._plan = make_plan(tensors, waiting)
+            self._plan = make_plan(tensors, waiting, room=ROOM)
             self._seen = prints, waiting
             self._warn_of_odd_devices(tensors)
         else:
@@ -210,13 +215,13 @@ class Stager:
         }
         copied = with_tensors(state, copies)
         if not moves:
-            return Snapshot(copied, self._memory, buffer, size=plan.size)
+            return Snapshot(copied, views.image, self._memory, buffer, size=plan.size)
         late = [index for index in waiting if _range_of(plan, index) in late_ranges]
         watched = [Watched(waiting[i], copies[id(tensors[i])], checked=self._check) for i in late]
         copy = BackgroundCopy(
             moves, watched, lambda tensor: path_to(copied, tensor), checked=self._check and bool(watched)
         )
-        return Snapshot(copied, self._memory, buffer, copy, waits=bool(watched), size=plan.size)
+        return Snapshot(copied, views.image, self._memory, buffer, copy, waits=bool(watched), size=plan.size)
 
     def _move(
         self, plan: SnapshotPlan, tensors: Sequence[torch.Tensor], views: _Views
@@ -290,6 +295,7 @@ class _Views:
         tensors: For each tensor of the state, its place; None if it is copied by its parts.
         ranges: For each range, its bytes.
         spans: For each device, the bytes of all of its sections, which lie side by side.
+        image: All of it, to write a file from.
     """
 
     plan: SnapshotPlan
@@ -297,6 +303,7 @@ class _Views:
     tensors: list[torch.Tensor | None]
     ranges: list[torch.Tensor]
     spans: dict[torch.device, torch.Tensor]
+    image: Image
 
 
 def _find_waiting(
@@ -329,7 +336,10 @@ def _views(buffer: StagingBuffer, plan: SnapshotPlan) -> _Views:
     ranges = [_bytes_in(buffer, part.position, part.size) for part in plan.ranges]
     tensors = [None if layout is None else _view(layout, ranges) for layout in plan.layouts]
     targets = [_target(part, ranges[index], tensors) for index, part in enumerate(plan.ranges)]
-    views = buffer.views = _Views(plan, targets, tensors, ranges, _spans(buffer, plan))
+    assert buffer.mapping is not None
+    placed = [tensor for tensor in tensors if tensor is not None]
+    image = Image(memoryview(buffer.mapping)[: plan.size], placed, len(plan.ranges))
+    views = buffer.views = _Views(plan, targets, tensors, ranges, _spans(buffer, plan), image)
     return views
 
 

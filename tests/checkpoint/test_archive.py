@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import io
+import logging
+import mmap
+import zipfile
+from typing import Any
+
+import pytest
+import torch
+
+from trainbus.checkpoint import archive
+from trainbus.checkpoint.archive import Image, write_archive
+from trainbus.checkpoint.zip_records import ROOM
+
+
+class Parts(io.BytesIO):
+    """Notes what was written in place: where it came to stand, and where it lay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_place: list[tuple[int, int, int]] = []
+
+    def write_in_place(self, data: memoryview) -> None:
+        address = torch.frombuffer(data, dtype=torch.uint8).data_ptr() if len(data) else 0
+        self.in_place.append((self.tell(), address, len(data)))
+        self.write(data)
+
+
+def on_image(*counts: int) -> tuple[Image, list[torch.Tensor]]:
+    """Return an image with tensors of that many float32, their values all different."""
+    sizes = [-(-(4 * count + ROOM) // 64) * 64 for count in counts]
+    memory = mmap.mmap(-1, max(1, sum(sizes)))
+    memory[:] = b"\xff" * len(memory)  # of the snapshot before
+    tensors = [
+        torch.frombuffer(memory, dtype=torch.float32, count=count, offset=sum(sizes[:index]))
+        for index, count in enumerate(counts)
+    ]
+    for index, tensor in enumerate(tensors):
+        torch.arange(float(tensor.numel()), out=tensor).add_(1000 * index)
+    return Image(memoryview(memory)[: sum(sizes)], tensors, len(tensors)), tensors
+
+
+def written(state: Any, image: Image) -> Parts:
+    stream = Parts()
+    assert write_archive(state, image, stream)
+    return stream
+
+
+class TestFile:
+    @pytest.mark.parametrize("mapped", [False, True])
+    def test_is_loaded_by_torch(self, tmp_path, mapped):
+        """
+        Plain ``torch.load`` gives back what lies on the image and beside it; tied stays tied.
+        """
+        image, (first, second) = on_image(1000, 7)
+        state = {"second": second, "first": first, "tied": first[5:9], "other": torch.ones(3), "step": 4}
+        state["none"] = torch.zeros(0, 2)
+        (tmp_path / "a.pt").write_bytes(written(state, image).getvalue())
+
+        loaded = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mapped)
+
+        for name in ("second", "first", "tied", "other", "none"):
+            assert torch.equal(loaded[name], state[name])
+        assert loaded["tied"].data_ptr() == loaded["first"].data_ptr() + 5 * 4
+        assert loaded["step"] == 4
+
+    def test_sums_are_right(self, monkeypatch):
+        """
+        The zip's sums hold, also where a record is summed up in several pieces.
+        """
+        monkeypatch.setattr(archive, "_PIECE", 1000)
+        image, tensors = on_image(5000, 1, 250, 251)
+
+        file = zipfile.ZipFile(written(tensors, image))
+
+        assert file.testzip() is None
+        assert [len(file.read(f"archive/data/{key}")) for key in range(4)] == [20000, 4, 1000, 1004]
+
+    def test_nothing_left_between(self):
+        """
+        Of what lay between the tensors before, nothing comes into the file.
+        """
+        image, tensors = on_image(10, 20, 30)
+
+        assert b"\xff" * 4 not in written(tensors, image).getvalue()
+
+    def test_nothing_on_the_image(self):
+        """
+        A state without a tensor on it is written as well.
+        """
+        image, _ = on_image()
+
+        stream = written({"other": torch.ones(3), "step": 1}, image)
+        stream.seek(0)
+
+        assert torch.equal(torch.load(stream, weights_only=True)["other"], torch.ones(3))
+
+    def test_where_torch_may_reckon(self, monkeypatch):
+        """
+        A reader that is told to reckon where records are looks for them all the same.
+        """
+        image, tensors = on_image(100, 200)
+        stream = written(tensors, image)
+        stream.seek(0)
+
+        with torch.utils.serialization.config.patch({"load.calculate_storage_offsets": True}):
+            loaded = torch.load(stream, weights_only=True)
+
+        assert all(map(torch.equal, loaded, tensors))
+
+
+class TestInPlace:
+    def test_image_is_not_copied(self, monkeypatch):
+        """
+        All tensors are handed on from where they lie, at a multiple of a block of the file, piece by piece.
+        """
+        monkeypatch.setattr(archive, "_AT_ONCE", 3 * 4096)
+        monkeypatch.setattr(archive, "_PIECE", 1000)
+        image, tensors = on_image(4000, 50, 7000, 3)
+
+        stream = written(tensors, image)
+
+        begin = stream.in_place[0][0]
+        assert begin % 4096 == 0
+        assert len(stream.in_place) > 2
+        end = tensors[-1].data_ptr() + 12 - image.address
+        assert sum(size for _, _, size in stream.in_place) == end
+        assert all(at - begin == address - image.address for at, address, _ in stream.in_place)
+        assert all(size % 4096 == 0 for _, _, size in stream.in_place[:-1])
+
+    def test_handed_on_only_when_complete(self, monkeypatch):
+        """
+        What was handed on is what stands in the file at the end: nothing is filled in afterwards.
+        """
+        monkeypatch.setattr(archive, "_AT_ONCE", 4096)
+        image, tensors = on_image(*[900] * 20)
+
+        stream = written(tensors, image)
+
+        begin = stream.in_place[0][0]
+        end = begin + sum(size for _, _, size in stream.in_place)
+        assert stream.getvalue()[begin:end] == bytes(image.memory[: end - begin])
+
+
+class TestFallback:
+    def test_storage_that_was_not_met(self):
+        """
+        A state that lacks a tensor of the image is left to ``torch.save``, with nothing written.
+        """
+        image, tensors = on_image(10, 20)
+        stream = Parts()
+
+        assert not write_archive(tensors[:1], image, stream)
+        assert stream.getvalue() == b""
+
+    def test_torch_that_reads_something_else(self, monkeypatch, caplog):
+        """
+        If torch does not load what was written for trial, ``torch.save`` it is; that is said once.
+        """
+        monkeypatch.setattr(archive, "between", lambda *_: b"")
+        archive._works.cache_clear()
+        image, tensors = on_image(10)
+        try:
+            with caplog.at_level(logging.WARNING, "trainbus"):
+                assert not write_archive(tensors, image, Parts())
+                assert not write_archive(tensors, image, Parts())
+        finally:
+            archive._works.cache_clear()
+
+        assert [record.getMessage() for record in caplog.records] == [
+            f"torch {torch.__version__} reads another format: saves go through torch.save, slower."
+        ]
