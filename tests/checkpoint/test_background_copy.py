@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from trainbus.checkpoint.background_copy import BackgroundCopy, CopyThread, HostMove, Watched
+from trainbus.checkpoint import background_copy
+from trainbus.checkpoint.background_copy import (
+    BackgroundCopy,
+    CopyThread,
+    HostMove,
+    Watched,
+    copy_together,
+)
 from trainbus.checkpoint.nesting import path_to
 from trainbus.errors import SnapshotChangedError
 
@@ -119,6 +126,114 @@ class TestHostMove:
             [True],
             [[1, 1], [1, 1]],
         ]
+
+
+class TestCopyTogether:
+    def many(self, elements: int = 8, count: int = 100) -> HostMove:
+        sources = [torch.full((elements,), float(number)) for number in range(count)]
+        return HostMove([torch.zeros(elements) for _ in sources], sources)
+
+    @pytest.fixture(autouse=True)
+    def _share_everything(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(background_copy, "_WORTH_SHARING", 0)
+
+    @pytest.mark.parametrize("count", [1, 7, 8, 9, 100])
+    def test_all_is_copied(self, thread, count):
+        """
+        Every tensor is copied when the call returns.
+        """
+        move = self.many(count=count)
+
+        copy_together(move, thread)
+
+        assert all(map(torch.equal, move.targets, move.sources))
+
+    def test_both_copy(self, thread, monkeypatch):
+        """
+        Each of the two threads takes parts while the other is busy, also of tensors that require grad.
+        """
+        meet = threading.Barrier(2)
+
+        def begin(self: HostMove) -> None:
+            if threading.current_thread() not in threads:
+                threads.add(threading.current_thread())
+                meet.wait(TOO_LONG)
+            original(self)
+
+        threads: set[threading.Thread] = set()
+        original = HostMove.begin
+        monkeypatch.setattr(HostMove, "begin", begin)
+
+        move = self.many()
+        for tensor in move.targets:
+            tensor.requires_grad_()
+        with torch.no_grad():
+            copy_together(move, thread)
+
+        assert len(threads) == 2
+        assert all(map(torch.equal, move.targets, move.sources))
+
+    def test_thread_that_is_busy(self, thread):
+        """
+        A thread that has something else to do is not waited for.
+        """
+        may_end = threading.Event()
+        thread.call(lambda: may_end.wait(TOO_LONG))
+        move = self.many()
+
+        copy_together(move, thread)
+
+        assert all(map(torch.equal, move.targets, move.sources))
+        may_end.set()
+
+    def test_thread_that_does_not_run(self):
+        """
+        Without the thread, the calling one copies all, and leaves nothing for a later one.
+        """
+        move, thread = self.many(), CopyThread()
+
+        copy_together(move, thread)
+
+        assert all(map(torch.equal, move.targets, move.sources))
+        assert thread._jobs.empty()
+
+    def test_waits_for_the_other(self, thread, monkeypatch):
+        """
+        It returns when the part that the other thread is amid is copied, and raises what went wrong with it.
+        """
+        mine = threading.current_thread()
+        amid = threading.Event()
+        original = HostMove.begin
+
+        def begin(self: HostMove) -> None:
+            if threading.current_thread() is mine:
+                assert amid.wait(TOO_LONG)
+                original(self)
+            elif not amid.is_set():
+                amid.set()
+                threading.Event().wait(A_MOMENT)
+                raise OSError("no memory")
+
+        monkeypatch.setattr(HostMove, "begin", begin)
+
+        with pytest.raises(OSError, match="no memory"):
+            copy_together(self.many(), thread)
+
+    def test_large_tensors_are_not_shared(self):
+        """
+        What torch copies with all of its threads by itself is left to it in one call.
+        """
+        assert len(self.many(elements=32_769, count=9).parts()) == 1
+        assert len(self.many(elements=32_768, count=9).parts()) > 1
+
+    def test_little_is_not_shared(self, monkeypatch):
+        """
+        A few bytes are copied in one call.
+        """
+        monkeypatch.setattr(background_copy, "_WORTH_SHARING", 10_000)
+
+        assert len(self.many(elements=8, count=100).parts()) == 1
+        assert len(self.many(elements=8, count=1000).parts()) == 8
 
 
 class TestWatched:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Protocol
 
 import torch
 
 from trainbus.errors import SnapshotChangedError
 
-__all__ = ["BackgroundCopy", "CopyThread", "HostMove", "Move", "Watched"]
+__all__ = ["BackgroundCopy", "CopyThread", "HostMove", "Move", "Watched", "copy_together"]
 
 _log = logging.getLogger("trainbus")
+
+_SERIAL_ELEMENTS = 32768  # `at::internal::GRAIN_SIZE`: torch copies up to that many on one thread
+_WORTH_SHARING = 16 << 20  # bytes
+_PARTS = 8  # few: each is a turn at the interpreter's lock
 
 
 class Move(Protocol):
@@ -44,11 +51,58 @@ class HostMove:
         # One call for all: a Python loop over small tensors would take far longer than their bytes.
         torch._foreach_copy_(self.targets, self.sources)
 
+    def parts(self) -> list[HostMove]:
+        """Return it in parts of which two threads can take turns; one part where that would not help."""
+        size = sum(map(attrgetter("nbytes"), self.targets))
+        # Tensors of more elements than that are each copied by all of torch's threads anyway.
+        if size < _WORTH_SHARING or size > 4 * _SERIAL_ELEMENTS * len(self.targets):
+            return [self]
+        count = -(-len(self.targets) // _PARTS)
+        return [
+            HostMove(self.targets[start : start + count], self.sources[start : start + count])
+            for start in range(0, len(self.targets), count)
+        ]
+
     def hold_back(self) -> None:
         pass
 
     def finish(self) -> None:
         pass
+
+
+def copy_together(move: HostMove, thread: CopyThread) -> None:
+    """
+    Carry out *move* on this thread and, if it has nothing else to do, on *thread*. Returns when it is done.
+
+    Torch copies tensors of up to 32,768 elements on one thread, however many they are.
+    """
+    parts = deque(move.parts() if thread.is_alive() else [move])
+    if len(parts) == 1:
+        move.begin()
+        return
+    helping = threading.Lock()
+    failures: list[BaseException] = []
+
+    def help_out() -> None:
+        with helping, torch.inference_mode(False), torch.no_grad():
+            try:
+                _copy_all(parts)
+            except BaseException as error:
+                failures.append(error)
+
+    thread.call(help_out)
+    _copy_all(parts)
+    # Held while the other thread is amid a part; if it has not come to help yet, nothing is left for it.
+    with helping:
+        pass
+    if failures:
+        raise failures[0]
+
+
+def _copy_all(parts: deque[HostMove]) -> None:
+    with contextlib.suppress(IndexError):
+        while True:
+            parts.popleft().begin()
 
 
 class Watched:
@@ -65,18 +119,18 @@ class Watched:
             copy's time and memory.
     """
 
+    __slots__ = ("_address", "_owner", "_values", "_version", "copy")
+
     def __init__(self, owner: torch.Tensor, copy: torch.Tensor, *, checked: bool = False) -> None:
         self.copy = copy
         self._owner = owner
-        self._stamp = self._stamp_now()
+        self._version = owner._version
+        self._address = owner.data_ptr()
         self._values = owner.detach().to("cpu", copy=True) if checked else None
-
-    def _stamp_now(self) -> tuple[int, int]:
-        return self._owner._version, self._owner.data_ptr()
 
     def is_changed(self) -> bool:
         """Tell whether somebody wrote to the tensor since."""
-        if self._stamp != self._stamp_now():
+        if self._version != self._owner._version or self._address != self._owner.data_ptr():
             return True
         return self._values is not None and not _same_bytes(self._owner.detach().cpu(), self._values)
 

@@ -132,7 +132,8 @@ def owned_tensors(optimizers: Iterable[Any]) -> Mapping[int, torch.Tensor]:
     owned: dict[int, torch.Tensor] = {}
     for optimizer in optimizers:
         if _is_known(optimizer) and optimizer not in _captured:
-            owned.update((tensor.data_ptr(), tensor) for tensor in _tensors_of(optimizer))
+            tensors = list(_tensors_of(optimizer))
+            owned.update(zip(map(torch.Tensor.data_ptr, tensors), tensors, strict=True))
     for stranger in [one for one in _seen if not _is_known(one) or one in _captured]:
         for tensor in _tensors_of(stranger):
             owned.pop(tensor.data_ptr(), None)

@@ -12,6 +12,8 @@ __all__ = ["path_to", "tensors_in", "with_tensors"]
 
 _MAPPINGS = (dict, OrderedDict, Counter)
 _SEQUENCES = (list, tuple, set)
+# Most of what is no tensor: these need no call of their own.
+_VALUES = frozenset((int, float, bool, str, type(None)))
 
 
 def tensors_in(state: Any) -> list[torch.Tensor]:
@@ -24,7 +26,9 @@ def tensors_in(state: Any) -> list[torch.Tensor]:
     Raises:
         TypeError: Another kind of container, whose tensors would go unnoticed.
     """
-    return list({id(tensor): tensor for tensor in _tensors(state)}.values())
+    found: dict[int, torch.Tensor] = {}
+    _find_tensors(state, found)
+    return list(found.values())
 
 
 def with_tensors(state: Any, replacements: dict[int, torch.Tensor]) -> Any:
@@ -33,7 +37,7 @@ def with_tensors(state: Any, replacements: dict[int, torch.Tensor]) -> Any:
         return replacements[id(state)]
     kind = type(state)
     if kind in _SEQUENCES:
-        return kind([with_tensors(item, replacements) for item in state])
+        return kind([item if type(item) in _VALUES else with_tensors(item, replacements) for item in state])
     if kind not in _MAPPINGS:
         return state
     copy: dict[Any, Any] = kind()
@@ -52,21 +56,21 @@ def path_to(state: Any, tensor: torch.Tensor) -> str:
     return "state" + next(_paths(state, tensor), "")
 
 
-def _tensors(state: Any) -> Iterator[torch.Tensor]:
+def _find_tensors(state: Any, found: dict[int, torch.Tensor]) -> None:
     if isinstance(state, torch.Tensor):
-        yield state
+        found[id(state)] = state
     elif type(state) in _MAPPINGS:
         for item in state.values():
-            # Most are tensors: they need no generator of their own.
             if isinstance(item, torch.Tensor):
-                yield item
-            else:
-                yield from _tensors(item)
+                found[id(item)] = item
+            elif type(item) not in _VALUES:
+                _find_tensors(item, found)
         if hasattr(state, "__dict__"):
-            yield from _tensors(state.__dict__)
+            _find_tensors(state.__dict__, found)
     elif type(state) in _SEQUENCES:
         for item in state:
-            yield from _tensors(item)
+            if type(item) not in _VALUES:
+                _find_tensors(item, found)
     elif isinstance(state, dict | list | tuple | set | frozenset) and not isinstance(state, torch.Size):
         raise TypeError(
             f"Cannot copy a {type(state).__qualname__}: of containers only dict, OrderedDict, Counter, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,7 +12,14 @@ from typing import Any
 import torch
 
 from trainbus.checkpoint.archive import Image
-from trainbus.checkpoint.background_copy import BackgroundCopy, CopyThread, HostMove, Move, Watched
+from trainbus.checkpoint.background_copy import (
+    BackgroundCopy,
+    CopyThread,
+    HostMove,
+    Move,
+    Watched,
+    copy_together,
+)
 from trainbus.checkpoint.cuda import Cuda
 from trainbus.checkpoint.device_copy import DeviceStaging, pieces, pin
 from trainbus.checkpoint.nesting import path_to, tensors_in, with_tensors
@@ -216,7 +224,11 @@ class Stager:
         copied = with_tensors(state, copies)
         if not moves:
             return Snapshot(copied, views.image, self._memory, buffer, size=plan.size)
-        late = [index for index in waiting if _range_of(plan, index) in late_ranges]
+        late = [
+            index
+            for index in waiting
+            if (layout := plan.layouts[index]) is not None and layout.range in late_ranges
+        ]
         watched = [Watched(waiting[i], copies[id(tensors[i])], checked=self._check) for i in late]
         copy = BackgroundCopy(
             moves, watched, lambda tensor: path_to(copied, tensor), checked=self._check and bool(watched)
@@ -259,7 +271,7 @@ class Stager:
         self, plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor], views: _Views
     ) -> None:
         if not self._devices.cuda.serves(section.device):
-            HostMove(*_pairs(plan, section, tensors, views)).begin()
+            copy_together(HostMove(*_pairs(plan, section, tensors, views)), self.thread)
         else:
             targets, sources = _cut_pairs(plan, section, tensors, views)
             self._devices.fetch_now(section.device, sources, targets)
@@ -309,23 +321,22 @@ class _Views:
 def _find_waiting(
     tensors: Sequence[torch.Tensor], addresses: Sequence[int | None], owners: Mapping[int, torch.Tensor]
 ) -> dict[int, torch.Tensor]:
-    waiting = {}
-    for index, address in enumerate(addresses):
-        owner = owners.get(address) if address is not None else None
-        if owner is not None and _is_same(tensors[index], owner):
-            waiting[index] = owner
-    return waiting
+    """Return by index the owners of those tensors that are all of what their owner is."""
+    found = {
+        index: owner
+        for index, address in enumerate(addresses)
+        if address is not None and (owner := owners.get(address)) is not None
+    }
+    extents, owners_extents = _extents([tensors[index] for index in found]), _extents(list(found.values()))
+    if extents == owners_extents:
+        return found
+    same = zip(found, zip(*extents, strict=True), zip(*owners_extents, strict=True), strict=True)
+    return {index: found[index] for index, extent, of_owner in same if extent == of_owner}
 
 
-def _is_same(tensor: torch.Tensor, owner: torch.Tensor) -> bool:
-    return tensor is owner or (
-        tensor.dtype == owner.dtype and tensor.shape == owner.shape and tensor.stride() == owner.stride()
-    )
-
-
-def _range_of(plan: SnapshotPlan, index: int) -> int | None:
-    layout = plan.layouts[index]
-    return None if layout is None else layout.range
+def _extents(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
+    dtypes, shapes = (list(map(operator.attrgetter(name), tensors)) for name in ("dtype", "shape"))
+    return dtypes, shapes, list(map(torch.Tensor.stride, tensors))
 
 
 def _views(buffer: StagingBuffer, plan: SnapshotPlan) -> _Views:
