@@ -19,7 +19,7 @@ from benchmarks.stall.table import table
 from benchmarks.stall.timeline import draw
 from benchmarks.stall.workloads import WORKLOADS, Unavailable, runnable, select
 
-# The settings of a full measurement, and of one that only shows that everything runs.
+# The settings of a full measurement, of one for a few minutes, and of one that only shows that it runs.
 _FULL = {
     "workload": ["host-idle", "cpu", *(["gpu"] if torch.cuda.is_available() else [])],
     "peers": list(peers.MAKERS),
@@ -28,10 +28,19 @@ _FULL = {
     "size_mib": 512,
 }
 _QUICK = {
+    "workload": ["host-idle-64", "host-idle-4096"],
+    "peers": ["trainbus", "torch-save", "dcp-staged"],
+    "rounds": 2,
+    "saves": 4,
+    "save_every": 10,
+    "size_mib": 512,
+}
+_SMOKE = {
     "workload": ["host-idle-64-20ms"],
     "peers": ["trainbus", "torch-save"],
     "rounds": 1,
     "saves": 2,
+    "save_every": 5,
     "size_mib": 8,
 }
 
@@ -74,10 +83,11 @@ def _options() -> argparse.Namespace:
     add("--folder", default=".", help="where to write; a temporary folder in it, removed at the end")
     add("--json", nargs="?", const="-", metavar="FILE", help="into a file, or instead of the table")
     add("--plot", metavar="FILE.png", help="timeline of the steps; with several workloads one file each")
-    add("--quick", action="store_true", help="a small state, one round, ours and torch.save")
+    add("--quick", action="store_true", help="a few minutes: 512 MiB, two rounds, ours and two others")
+    add("--smoke", action="store_true", help="a few seconds, to see that it runs; its numbers say nothing")
     add("--no-limits", action="store_true", help="leave out the disk's limit, CRC, load and fork")
     options = parser.parse_args()
-    for name, value in (_QUICK if options.quick else _FULL).items():
+    for name, value in (_SMOKE if options.smoke else _QUICK if options.quick else _FULL).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.folder = os.path.abspath(options.folder)
@@ -91,7 +101,7 @@ def _options() -> argparse.Namespace:
 
 def _jobs(options: argparse.Namespace, folder: str) -> list[Job]:
     names = list(options.peers)
-    if not (options.quick or options.no_limits):
+    if not (options.quick or options.smoke or options.no_limits):
         names.insert(0, LIMITS)
     return [
         Job(
@@ -99,11 +109,11 @@ def _jobs(options: argparse.Namespace, folder: str) -> list[Job]:
             workload=workload,
             folder=os.path.join(folder, f"{workload}-{name}"),
             size_mib=options.size_mib,
-            save_every=options.save_every or (5 if options.quick else WORKLOADS[workload].save_every),
+            save_every=options.save_every or WORKLOADS[workload].save_every,
             saves=options.saves,
-            warmup=2 if options.quick else 5,
-            baseline=8 if options.quick else 20,
-            pause_saves=1 if options.quick else 2,
+            warmup=2 if options.smoke else 5,
+            baseline=8 if options.smoke else 20,
+            pause_saves=1 if options.smoke else 2,
             checks=1,
         )
         for workload in options.workload
