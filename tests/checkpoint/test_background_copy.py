@@ -219,6 +219,32 @@ class TestCopyTogether:
         with pytest.raises(OSError, match="no memory"):
             copy_together(self.many(), thread)
 
+    def test_waits_after_an_error(self, thread, monkeypatch):
+        """
+        What breaks on the calling thread is raised when the other one touches nothing any more.
+        """
+        mine = threading.current_thread()
+        amid, begun = threading.Event(), []
+        original = HostMove.begin
+
+        def begin(self: HostMove) -> None:
+            if threading.current_thread() is mine:
+                assert amid.wait(TOO_LONG)
+                raise OSError("no memory")
+            begun.append(self)
+            amid.set()
+            threading.Event().wait(A_MOMENT)
+            original(self)
+
+        monkeypatch.setattr(HostMove, "begin", begin)
+        move = self.many()
+
+        with pytest.raises(OSError, match="no memory"):
+            copy_together(move, thread)
+
+        copied = [torch.equal(*pair) for pair in zip(move.targets[1:], move.sources[1:], strict=True)]
+        assert len(begun) == 1 and any(copied) and not all(copied)
+
     def test_large_tensors_are_not_shared(self):
         """
         What torch copies with all of its threads by itself is left to it in one call.

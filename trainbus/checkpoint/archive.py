@@ -174,7 +174,7 @@ def _sorted(
 
 
 def _bytes_of(storage: UntypedStorage) -> memoryview:
-    flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
     return flat.numpy().data
 
 
@@ -182,8 +182,8 @@ def _bytes_of(storage: UntypedStorage) -> memoryview:
 def _works() -> bool:
     """Tell whether this torch loads what is written here, by writing and loading a small state once."""
     buffer = mmap.mmap(-1, mmap.PAGESIZE)
-    view = torch.frombuffer(buffer, dtype=torch.float32, count=4).copy_(torch.arange(4.0))
-    other = torch.nn.Parameter(torch.ones(2))
+    view = torch.frombuffer(buffer, dtype=torch.float32, count=4).fill_(3)
+    other = torch.nn.Parameter(torch.ones(2, device="cpu"))
     state = {"view": view, "tied": view[1:3], "other": other, "number": 1}
     stream = _MemoryStream()
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -91,18 +90,24 @@ def copy_together(move: HostMove, thread: CopyThread) -> None:
                 failures.append(error)
 
     thread.call(help_out)
-    _copy_all(parts)
-    # Held while the other thread is amid a part; if it has not come to help yet, nothing is left for it.
-    with helping:
-        pass
+    try:
+        _copy_all(parts)
+    finally:
+        parts.clear()
+        # Held while the other thread is amid a part; if it has not come to help yet, nothing is left for it.
+        with helping:
+            pass
     if failures:
         raise failures[0]
 
 
 def _copy_all(parts: deque[HostMove]) -> None:
-    with contextlib.suppress(IndexError):
-        while True:
-            parts.popleft().begin()
+    while True:
+        try:
+            part = parts.popleft()
+        except IndexError:  # the other thread may have taken the last one just now
+            return
+        part.begin()
 
 
 class Watched:
