@@ -129,6 +129,14 @@ class TestInPlace:
         assert all(at - begin == address - image.address for at, address, _ in stream.in_place)
         assert all(size % 4096 == 0 for _, _, size in stream.in_place[:-1])
 
+    def test_small_file_is_copied(self):
+        """
+        Of a small state nothing is handed on by itself, so that it is written in one go.
+        """
+        image, tensors = on_image(4000, 50)
+
+        assert written(tensors, image).in_place == []
+
     def test_handed_on_only_when_complete(self, monkeypatch):
         """
         What was handed on is what stands in the file at the end: nothing is filled in afterwards.

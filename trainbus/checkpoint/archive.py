@@ -153,7 +153,11 @@ class _Archive:
                     done = whole
             self._records.append(record)
             last = record
-        self._stream.write_in_place(memory[done:end])
+        # A small file goes to the disk in one write, through the cache: copying it costs less than another.
+        if done:
+            self._stream.write_in_place(memory[done:end])
+        else:
+            self._stream.write(memory[:end])
         self._written = begins + end
 
 
