@@ -259,6 +259,7 @@ class TestFork:
         size, fixed_and_new = 3 << 20, 0x100000
         libc = ctypes.CDLL(None)
         libc.mmap.restype = ctypes.c_void_p
+        gc.collect()  # the garbage of other tests, such as process groups, whose end may hang in a child
         gc.disable()
         try:
             cycle: list[object] = [mapping := map_pages(size)]
