@@ -63,6 +63,12 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.state_pickle",
         "trainbus.checkpoint.zip_records",
     },
+    "trainbus.checkpoint.snapshot_views": {
+        "trainbus.checkpoint.archive",
+        "trainbus.checkpoint.device_copy",
+        "trainbus.checkpoint.snapshot_plan",
+        "trainbus.checkpoint.staging_memory",
+    },
     "trainbus.checkpoint.staging_copy": {
         "trainbus.checkpoint.archive",
         "trainbus.checkpoint.background_copy",
@@ -70,6 +76,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.device_copy",
         "trainbus.checkpoint.nesting",
         "trainbus.checkpoint.snapshot_plan",
+        "trainbus.checkpoint.snapshot_views",
         "trainbus.checkpoint.staging_memory",
         "trainbus.checkpoint.zip_records",
     },

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainbus.checkpoint import snapshot_plan, staging_copy
 from trainbus.checkpoint.snapshot_plan import SMALLEST_WAITING
+from trainbus.checkpoint.snapshot_views import KINDS_KEPT
 from trainbus.checkpoint.staging_copy import Snapshot, Stager, take_snapshot
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.errors import SnapshotChangedError
@@ -876,12 +877,45 @@ class TestSteadyState:
             assert copy["rng"].equal(state["rng"])
             assert bytes_of(copy["odd"]["conj"]) == bytes_of(state["odd"]["conj"])
             seen.append([*copy["module"].values(), copy["rng"], copy["odd"]["conj"]])
-            plans.append(stager._plan)
+            plans.append(stager._kinds[0].plan)
             taken.release()
 
         for later in seen[1:]:
             assert all(now is then for now, then in zip(later, seen[0], strict=True))
         assert all(plan is plans[0] for plan in plans)
+
+    def test_states_that_take_turns(self, make):
+        """
+        A full state and weights alone, saved in turns, each keep their plan, their tensors and their values.
+        """
+        module = nn.Linear(LARGE // 64, 64)
+        stager = make()
+        seen: dict[str, list[Any]] = {"full": [], "weights": []}
+        for value in range(3):
+            nn.init.constant_(module.weight, float(value))
+            for kind, state in (("full", self.state(module)), ("weights", {"module": module.state_dict()})):
+                taken = stager.take(state)
+                copy = arrive(stager, taken)
+                assert copy["module"]["weight"].unique().tolist() == [value]
+                assert kind == "weights" or copy["rng"].equal(state["rng"])
+                seen[kind].append((stager._kinds[0].plan, copy["module"]["weight"]))
+                taken.release()
+
+        for plans_and_tensors in seen.values():
+            assert all(one is plans_and_tensors[0][0] for one, _ in plans_and_tensors)
+            assert all(one is plans_and_tensors[0][1] for _, one in plans_and_tensors)
+
+    def test_kinds_without_end(self, make):
+        """
+        Of states that are each of another kind only the last few are kept.
+        """
+        stager = make()
+        for size in range(1, 20):
+            taken = stager.take([torch.full((size,), float(size))])
+            assert arrive(stager, taken)[0].tolist() == [size] * size
+            taken.release()
+
+        assert len(stager._kinds) == len(taken.buffer.views) == KINDS_KEPT
 
     def test_plan_is_reused_for_another_buffer(self, make):
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
@@ -134,6 +135,11 @@ class SnapshotPlan:
     sections: tuple[Section, ...]
     layouts: tuple[Layout | None, ...]
     size: int
+
+    def by_device(self) -> list[tuple[torch.device, list[Section]]]:
+        """Return the sections of each device, which lie side by side."""
+        grouped = groupby(self.sections, lambda section: section.device)
+        return [(device, list(sections)) for device, sections in grouped]
 
 
 @dataclass(slots=True)

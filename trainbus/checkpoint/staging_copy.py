@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,12 +20,10 @@ from trainbus.checkpoint.background_copy import (
     copy_together,
 )
 from trainbus.checkpoint.cuda import Cuda
-from trainbus.checkpoint.device_copy import DeviceStaging, pieces, pin
+from trainbus.checkpoint.device_copy import DeviceStaging, pin
 from trainbus.checkpoint.nesting import path_to, tensors_in, with_tensors
 from trainbus.checkpoint.snapshot_plan import (
     COPIED_DEVICES,
-    ByteRange,
-    Layout,
     Section,
     SnapshotPlan,
     addresses_of,
@@ -34,6 +31,7 @@ from trainbus.checkpoint.snapshot_plan import (
     fingerprint,
     make_plan,
 )
+from trainbus.checkpoint.snapshot_views import KINDS_KEPT, Views, views_of
 from trainbus.checkpoint.staging_memory import StagingBuffer, StagingMemory
 from trainbus.checkpoint.zip_records import ROOM
 
@@ -99,6 +97,21 @@ class Snapshot:
         self._memory.release(self.buffer)
 
 
+@dataclass
+class _Kind:
+    """
+    States with one plan: what their fingerprint is, and where the tensors of the last one lay.
+
+    Attributes:
+        waiting: Indices of those that may be copied later.
+    """
+
+    prints: list[Any]
+    waiting: set[int]
+    plan: SnapshotPlan
+    addresses: list[int | None]
+
+
 class Stager:
     """
     Takes snapshots, one after the other, of states that mostly have the same structure.
@@ -126,9 +139,7 @@ class Stager:
         self._devices = DeviceStaging(device_snapshot, cuda)
         self._last_copy: BackgroundCopy | None = None
         self._check = check
-        self._seen: tuple[list[Any], set[int]] | None = None
-        self._plan: SnapshotPlan | None = None
-        self._addresses: list[int | None] = []
+        self._kinds: list[_Kind] = []  # of states that were seen, the last one first
         self._odd_devices: set[str] = set()
 
     def take(self, state: Any, owners: Mapping[int, torch.Tensor] | None = None) -> Snapshot:
@@ -164,7 +175,7 @@ class Stager:
 
     def begin(self, snapshot: Snapshot) -> None:
         """Have the thread copy what is left of *snapshot*, and lock memory that devices copy into."""
-        device = next((one for one in self._devices_of_plan if self._devices.cuda.serves(one)), None)
+        device = self._device_to_copy_from()
         if snapshot.copy is not None or device is not None:
             self.thread.start()
         if snapshot.copy is not None:
@@ -174,9 +185,9 @@ class Stager:
             # Behind the copy, which must not wait for it.
             pin(snapshot.buffer, device, self._devices.cuda, self.thread.call)
 
-    @property
-    def _devices_of_plan(self) -> Iterator[torch.device]:
-        return (section.device for section in self._plan.sections) if self._plan is not None else iter(())
+    def _device_to_copy_from(self) -> torch.device | None:
+        devices = [section.device for kind in self._kinds[:1] for section in kind.plan.sections]
+        return next((one for one in devices if self._devices.cuda.serves(one)), None)
 
     def warm_up(self, state: Any) -> StagingBuffer | None:
         """
@@ -196,16 +207,17 @@ class Stager:
         self, tensors: Sequence[torch.Tensor], addresses: list[int | None], waiting: set[int]
     ) -> SnapshotPlan:
         prints = fingerprint(tensors, addresses)
-        if self._plan is None or self._seen != (prints, waiting):
-            self._plan = make_plan(tensors, waiting, room=ROOM)
-            self._seen = prints, waiting
+        kind = next((one for one in self._kinds if one.prints == prints and one.waiting == waiting), None)
+        if kind is None:
+            kind = _Kind(prints, waiting, make_plan(tensors, waiting, room=ROOM), addresses)
             self._warn_of_odd_devices(tensors)
         else:
-            for tensor, address, before in zip(tensors, addresses, self._addresses, strict=True):
+            for tensor, address, before in zip(tensors, addresses, kind.addresses, strict=True):
                 if address != before:
                     check_bounds(tensor)
-        self._addresses = addresses
-        return self._plan
+            kind.addresses = addresses
+        self._kinds = [kind, *(one for one in self._kinds if one is not kind)][:KINDS_KEPT]
+        return kind.plan
 
     def _take_into(
         self,
@@ -215,7 +227,7 @@ class Stager:
         tensors: Sequence[torch.Tensor],
         waiting: Mapping[int, torch.Tensor],
     ) -> Snapshot:
-        views = _views(buffer, plan)
+        views = views_of(buffer, plan)
         moves, late_ranges = self._move(plan, tensors, views)
         copies = {
             id(tensor): _copy_parts(tensor) if view is None else view
@@ -236,44 +248,39 @@ class Stager:
         return Snapshot(copied, views.image, self._memory, buffer, copy, waits=bool(watched), size=plan.size)
 
     def _move(
-        self, plan: SnapshotPlan, tensors: Sequence[torch.Tensor], views: _Views
+        self, plan: SnapshotPlan, tensors: Sequence[torch.Tensor], views: Views
     ) -> tuple[list[Move], set[int | None]]:
         """Copy what must be copied at once; return the moves that are left and the ranges not yet read."""
         later: list[Move] = []
         unread: set[int | None] = set()
         cuda = self._devices.cuda
-        by_device = [(device, list(sections)) for device, sections in groupby(plan.sections, _device_of)]
         # Devices first: they copy while this thread goes on to the next.
-        for device, sections in sorted(by_device, key=lambda one: not cuda.serves(one[0])):
+        for device, sections in sorted(plan.by_device(), key=lambda one: not cuda.serves(one[0])):
             span = views.spans[device]
             if cuda.serves(device) and self._devices.has_room(device, span.numel()):
                 self._wait_for_last_fetch()
-                sources = [one for section in sections for one in _sources(plan, section, tensors)]
+                sources = [one for section in sections for one in views.sources(section, tensors)]
                 later.append(self._devices.put_aside(plan, sections, sources, span))
                 continue
             for section in sections:
                 if section.waits:
                     unread.update(section.ranges)
-                    later.append(self._move_later(plan, section, tensors, views))
+                    later.append(self._move_later(section, tensors, views))
                 else:
-                    self._move_now(plan, section, tensors, views)
+                    self._move_now(section, tensors, views)
         return later, unread
 
-    def _move_later(
-        self, plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor], views: _Views
-    ) -> Move:
+    def _move_later(self, section: Section, tensors: Sequence[torch.Tensor], views: Views) -> Move:
         if not self._devices.cuda.serves(section.device):
-            return HostMove(*_pairs(plan, section, tensors, views))
-        targets, sources = _cut_pairs(plan, section, tensors, views)
+            return HostMove(*views.pairs(section, tensors))
+        targets, sources = views.cut_pairs(section, tensors)
         return self._devices.fetch_later(section.device, sources, targets)
 
-    def _move_now(
-        self, plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor], views: _Views
-    ) -> None:
+    def _move_now(self, section: Section, tensors: Sequence[torch.Tensor], views: Views) -> None:
         if not self._devices.cuda.serves(section.device):
-            copy_together(HostMove(*_pairs(plan, section, tensors, views)), self.thread)
+            copy_together(HostMove(*views.pairs(section, tensors)), self.thread)
         else:
-            targets, sources = _cut_pairs(plan, section, tensors, views)
+            targets, sources = views.cut_pairs(section, tensors)
             self._devices.fetch_now(section.device, sources, targets)
 
     def _wait_for_last_fetch(self) -> None:
@@ -297,27 +304,6 @@ def take_snapshot(state: Any, memory: StagingMemory) -> Snapshot:
     return snapshot
 
 
-@dataclass(frozen=True)
-class _Views:
-    """
-    A buffer cut up as a plan says. Reused as long as the plan stays equal.
-
-    Attributes:
-        targets: For each range, what it is copied into.
-        tensors: For each tensor of the state, its place; None if it is copied by its parts.
-        ranges: For each range, its bytes.
-        spans: For each device, the bytes of all of its sections, which lie side by side.
-        image: All of it, to write a file from.
-    """
-
-    plan: SnapshotPlan
-    targets: list[torch.Tensor]
-    tensors: list[torch.Tensor | None]
-    ranges: list[torch.Tensor]
-    spans: dict[torch.device, torch.Tensor]
-    image: Image
-
-
 def _find_waiting(
     tensors: Sequence[torch.Tensor], addresses: Sequence[int | None], owners: Mapping[int, torch.Tensor]
 ) -> dict[int, torch.Tensor]:
@@ -337,102 +323,6 @@ def _find_waiting(
 def _extents(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
     dtypes, shapes = (list(map(operator.attrgetter(name), tensors)) for name in ("dtype", "shape"))
     return dtypes, shapes, list(map(torch.Tensor.stride, tensors))
-
-
-def _views(buffer: StagingBuffer, plan: SnapshotPlan) -> _Views:
-    views = buffer.views
-    if isinstance(views, _Views) and (views.plan is plan or views.plan == plan):
-        return views
-    # A storage of its own for each range: torch.save writes whole storages.
-    ranges = [_bytes_in(buffer, part.position, part.size) for part in plan.ranges]
-    tensors = [None if layout is None else _view(layout, ranges) for layout in plan.layouts]
-    targets = [_target(part, ranges[index], tensors) for index, part in enumerate(plan.ranges)]
-    assert buffer.mapping is not None
-    placed = [tensor for tensor in tensors if tensor is not None]
-    image = Image(memoryview(buffer.mapping)[: plan.size], placed, len(plan.ranges))
-    views = buffer.views = _Views(plan, targets, tensors, ranges, _spans(buffer, plan), image)
-    return views
-
-
-def _spans(buffer: StagingBuffer, plan: SnapshotPlan) -> dict[torch.device, torch.Tensor]:
-    spans = {}
-    for device, sections in groupby(plan.sections, _device_of):
-        together = list(sections)
-        first, last = together[0], together[-1]
-        spans[device] = _bytes_in(buffer, first.start, last.start + last.size - first.start)
-    return spans
-
-
-def _device_of(section: Section) -> torch.device:
-    return section.device
-
-
-def _bytes_in(buffer: StagingBuffer, start: int, size: int) -> torch.Tensor:
-    return torch.frombuffer(buffer.mapping, dtype=torch.uint8, count=size, offset=start)
-
-
-def _target(
-    part: ByteRange, whole_range: torch.Tensor, tensors: Sequence[torch.Tensor | None]
-) -> torch.Tensor:
-    tensor = tensors[part.tensor]
-    return whole_range if tensor is None or not part.whole else tensor.detach()
-
-
-def _pairs(
-    plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor], views: _Views
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return what the ranges of a section are copied into, and what is copied there."""
-    return [views.targets[index] for index in section.ranges], _sources(plan, section, tensors)
-
-
-def _cut_pairs(
-    plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor], views: _Views
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Do what `_pairs` does, with ranges cut where a device may not copy on."""
-    targets: list[torch.Tensor] = []
-    sources: list[torch.Tensor] = []
-    for index, target, source in zip(section.ranges, *_pairs(plan, section, tensors, views), strict=True):
-        part = plan.ranges[index]
-        cuts = list(pieces(part.position, part.size))
-        if len(cuts) == 1:
-            targets.append(target)
-            sources.append(source)
-        else:
-            whole = _bytes_of(tensors[part.tensor], part)
-            targets += [views.ranges[index][offset : offset + size] for offset, size in cuts]
-            sources += [whole[offset : offset + size] for offset, size in cuts]
-    return targets, sources
-
-
-def _sources(plan: SnapshotPlan, section: Section, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    sources = []
-    for index in section.ranges:
-        part = plan.ranges[index]
-        tensor = tensors[part.tensor]
-        sources.append(tensor if part.whole else _bytes_of(tensor, part))
-    return sources
-
-
-def _bytes_of(tensor: torch.Tensor, part: ByteRange) -> torch.Tensor:
-    source = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    source.set_(tensor.untyped_storage(), part.start, (part.size,), (1,))
-    return source
-
-
-def _view(layout: Layout, ranges: Sequence[torch.Tensor]) -> torch.Tensor:
-    view = torch.empty(0, dtype=layout.dtype, device="cpu")
-    if layout.range is None:
-        view = view.as_strided(layout.shape, layout.stride)
-    else:
-        storage = ranges[layout.range].untyped_storage()
-        view.set_(storage, layout.offset, layout.shape, layout.stride)
-    if layout.conj:
-        view = view.conj()
-    if layout.negative:
-        view = torch._neg_view(view)
-    if layout.parameter:
-        return torch.nn.Parameter(view, requires_grad=layout.requires_grad)
-    return view.requires_grad_(layout.requires_grad)
 
 
 def _copy_parts(tensor: torch.Tensor) -> torch.Tensor:
