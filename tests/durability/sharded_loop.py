@@ -114,8 +114,8 @@ def one_killed(folder: str) -> dict[str, Any]:
             return {"told": pipe.read(), "left": os.listdir(folder)}
 
 
-def look(folder: str, last: int) -> list[str]:
-    """Return what is not as it must be in *folder*, where step *last* was durable."""
+def look(folder: str, last: int, names: tuple[str, ...]) -> list[str]:
+    """Return what is not as it must be in *folder*, where step *last* was durable, and all *names* once."""
     problems = []
     found = list(CheckpointFolder(folder))
     for file in found:
@@ -132,13 +132,11 @@ def look(folder: str, last: int) -> list[str]:
     newest = max((file.manifest.global_step for file in found), default=0)
     if newest < last:
         problems.append(f"the newest is of step {newest}, and {last} was reported")
-    for name in NAMES:
-        # Steps before the first two have no second checkpoint.
-        if last > 2:
-            try:
-                trainbus.load(f"{folder}/{name}")
-            except (trainbus.CheckpointError, OSError) as error:
-                problems.append(f"neither the old {name} nor the new one is there: {error}")
+    for name in names:
+        try:
+            trainbus.load(f"{folder}/{name}")
+        except (trainbus.CheckpointError, OSError) as error:
+            problems.append(f"neither the old {name} nor the new one is there: {error}")
     return problems
 
 
@@ -146,16 +144,18 @@ def killed(folder: str, times: int, exchange: bool = True) -> dict[str, Any]:
     """Kill the ranks so many times, each time going on in the same folder."""
     problems: list[str] = []
     last, unfinished = 0, 0
+    saved: tuple[str, ...] = ()
     for _ in range(times):
-        before = last
-        last = run_and_kill(folder, last + 10, Disk() if exchange else NoExchange())
-        problems += look(folder, last)
+        first = last + 10
+        last = run_and_kill(folder, first, Disk() if exchange else NoExchange())
+        saved = NAMES if last > first else saved
+        problems += look(folder, last, saved)
         hidden = [name for name in os.listdir(folder) if name.startswith(".")]
         unfinished += bool(hidden)
         # Those of the one save that was under way; what runs before have left is swept.
         if len(hidden) > 2:
             problems.append(f"{hidden} are left")
-        if last <= before:
+        if last < first:
             problems.append("nothing was saved")
     return {"problems": problems, "unfinished": unfinished}
 
