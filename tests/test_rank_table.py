@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 
@@ -22,6 +23,10 @@ class Store(dict):
         return all(key in self for key in keys)
 
 
+class Group:
+    """What stands for a process group."""
+
+
 class Distributed:
     """As much of torch.distributed as a table needs."""
 
@@ -29,6 +34,7 @@ class Distributed:
         self.size, self.here, self.store = size, threading.local(), Store()
         self.queues = {(a, b): queue.Queue() for a in range(size) for b in range(size)}
         self.destroyed = []
+        self.groups = {}  # by rank; held as torch holds them
         self.group = self
         self.WORLD = self
         self.seconds = 30.0
@@ -48,9 +54,11 @@ class Distributed:
     def new_group(self, **options):
         if "no group" in self.store:
             raise RuntimeError("timed out")
-        return object()
+        self.groups[self.here.rank] = Group()
+        return self.groups[self.here.rank]
 
     def destroy_process_group(self, group):
+        assert self.groups.pop(self.here.rank) is group
         self.destroyed.append(self.here.rank)
 
     def send(self, tensor, dst, group=None):
@@ -172,6 +180,16 @@ class TestWhoDidNotCome:
         results = meet(lambda rank, table: table.exchange("the save", b"", len), 3, [0], 0.1, **gone)
 
         assert results[0].missing == [] and "the other ranks had given up waiting" in str(results[0])
+
+    def test_group_ends_with_the_scripts(self, meet):
+        """When the script destroys its process groups, nothing of ours keeps that of a table alive."""
+        tables = meet(lambda rank, table: table)
+        assert all(table._group is meet.fake.groups[rank] for rank, table in tables.items())
+
+        meet.fake.groups.clear()
+        gc.collect()
+
+        assert all(table._group is None for table in tables.values())
 
     def test_no_group(self, meet):
         """Where not all ranks make a handler, those that do say which others do not."""

@@ -12,6 +12,7 @@ import pickle
 import struct
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -77,7 +78,10 @@ class RankTable:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._rounds = 0
         self._broken: str | None = None
-        self._group, self._store = new_group(timeout)
+        group, self._store = new_group(timeout)
+        # Torch holds it until the script destroys its process groups. One that is held beyond that ends
+        # when the interpreter does, and now and then takes the process down with it (std::terminate).
+        self._group_if_there = weakref.ref(group)
         self._word = torch.zeros(WORD_BYTES, dtype=torch.uint8)
         self._words = [torch.zeros(WORD_BYTES, dtype=torch.uint8) for _ in range(self._size)]
 
@@ -112,6 +116,10 @@ class RankTable:
             self._broken = _elsewhere(pickle.loads(reply))
             raise RankError(self._broken, [])
         return reply
+
+    @property
+    def _group(self) -> Any:
+        return self._group_if_there()
 
     # -- messages
 
@@ -158,7 +166,6 @@ class RankTable:
             self._store.set(place.format(self._rank), f"{time.monotonic() - begun}")
         # Those that wait for this rank learn of it by its connections being closed, when nothing holds them.
         dist.destroy_process_group(self._group)
-        self._group = None
         return place
 
     def _longest_wait(self) -> float:

@@ -25,7 +25,6 @@ __all__ = [
     "gather_to_first",
     "join",
     "rank",
-    "separate_group",
     "timeout",
     "together",
     "world_size",
@@ -36,7 +35,6 @@ T = TypeVar("T")
 TIMEOUT = 60.0  # seconds
 
 _tables: weakref.WeakKeyDictionary[Any, RankTable] = weakref.WeakKeyDictionary()  # by default process group
-_engine_groups: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 _timeout = TIMEOUT
 
 
@@ -169,23 +167,6 @@ def exchange(what: str, mine: bytes, answer: Callable[[list[bytes]], bytes]) -> 
         answer: Called on rank 0 with what all ranks say, in order of rank. Must not raise.
     """
     return _table().exchange(what, mine, answer)
-
-
-def separate_group(purpose: str) -> Any:
-    """
-    Return a gloo group of all ranks for an engine that has collectives of its own, also off this thread.
-
-    Collective when it is made: once for each *purpose* and default process group. Needs one of several ranks.
-
-    Raises:
-        RankError: Not all ranks came.
-    """
-    from trainbus.rank_table import new_group
-
-    groups = _engine_groups.setdefault(_world(), {})
-    if purpose not in groups:
-        groups[purpose], _ = new_group(_timeout)
-    return groups[purpose]
 
 
 def _world() -> Any:
