@@ -126,11 +126,15 @@ class RankFailedError(TrainbusError, RuntimeError):
     Attributes:
         rank: The lowest one it failed on, or None where the ranks lost touch with each other.
         errno: The operating system's number, or None.
+        is_unsynced: Only the last sync of a save failed, as of `UnsyncedNameError`.
     """
 
-    def __init__(self, rank: int | None, reason: str, errno: int | None = None) -> None:
+    def __init__(
+        self, rank: int | None, reason: str, errno: int | None = None, *, is_unsynced: bool = False
+    ) -> None:
         self.rank = rank
         self.errno = errno
+        self.is_unsynced = is_unsynced
         where = "the ranks did not do it together" if rank is None else f"it failed on rank {rank}"
         super().__init__(f"{where}: {reason}")
 
@@ -168,9 +172,11 @@ class CheckpointWriteError(CheckpointError, OSError):
         if isinstance(cause, OSError) and cause.errno:
             number = cause.errno
             reason = f"[Errno {number}] {cause.strerror or os.strerror(number)}"
+        elif isinstance(cause, RankFailedError):
+            number, reason = cause.errno, str(cause)
         reason += f" (tried {tries} times)" if tries > 1 else ""
         there = "the previous file, if any, is untouched"
-        if isinstance(cause, UnsyncedNameError):
+        if isinstance(cause, UnsyncedNameError) or getattr(cause, "is_unsynced", False):
             there = "the new file is there, but a power cut may bring the previous one back"
         super().__init__(
             f"Cannot write checkpoint {path!r} of global step {global_step}: {reason}. "

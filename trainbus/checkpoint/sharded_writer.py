@@ -88,6 +88,7 @@ class Failure:
     rank: int
     reason: str
     errno: int | None = None
+    is_unsynced: bool = False
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
@@ -96,14 +97,14 @@ class Failure:
             return cls(rank, str(error))
         if isinstance(error, UnsyncedNameError):
             there = "the new checkpoint is there, but a power cut may bring the old one back"
-            return cls(rank, f"{error}; {there}", error.errno)
+            return cls(rank, f"{error}; {there}", error.errno, is_unsynced=True)
         if isinstance(error, OSError) and error.errno:
             return cls(rank, str(error), error.errno)
         return cls(rank, f"{type(error).__name__}: {error}")
 
     def error(self) -> RankFailedError:
         """Return what is raised for it."""
-        return RankFailedError(self.rank, self.reason, self.errno)
+        return RankFailedError(self.rank, self.reason, self.errno, is_unsynced=self.is_unsynced)
 
 
 @dataclass(frozen=True)
