@@ -24,6 +24,7 @@ PUBLIC = {
     "trainbus.checkpoint.file_format",
     "trainbus.checkpoint.folder",
     "trainbus.checkpoint.retention",
+    "trainbus.checkpoint.sharded_format",
 }
 
 # module (or a room, with a dot at its end) -> what of ours it may import, in the same spelling
@@ -167,12 +168,19 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.file_format",
         "trainbus.checkpoint.pending_save",
     },
+    "trainbus.divided_saves": {
+        "trainbus.errors",
+        "trainbus.ranks",
+        "trainbus.checkpoint.",
+        "trainbus.state.",
+    },
     "trainbus.save_requests": {
         "trainbus.agreement",
         "trainbus.errors",
         "trainbus.ranks",
         "trainbus.claims",
         "trainbus.checkpoint.",
+        "trainbus.divided_saves",
         "trainbus.loop.moments",
         "trainbus.loop.unread_metrics",
         "trainbus.state.plain_types",
@@ -186,7 +194,6 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.background_writer",
         "trainbus.checkpoint.file_format",
         "trainbus.checkpoint.folder",
-        "trainbus.checkpoint.load",
         "trainbus.state.",
     },
     "trainbus.save_reports": {
@@ -212,6 +219,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.bus",
         "trainbus.callback",
         "trainbus.checkpoint.",
+        "trainbus.divided_saves",
         "trainbus.leaving",
         "trainbus.loading",
         "trainbus.run_saving",

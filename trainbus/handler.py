@@ -8,13 +8,14 @@ import os
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainbus import ranks
 from trainbus.agreement import Agreement
 from trainbus.bus import EventBus
 from trainbus.callback import Callback, add_to
 from trainbus.checkpoint.file_format import Manifest, fit_manifest
+from trainbus.checkpoint.load import load_checkpoint
 from trainbus.checkpoint.saver import Saver
 from trainbus.leaving import announce_and_leave, note_failures, raise_held_back
 from trainbus.loading import load_newest, own_part, read_state
@@ -25,7 +26,11 @@ from trainbus.run_saving import RunSaving
 from trainbus.save_reports import SaveReports, weak_post
 from trainbus.save_requests import SaveRequests
 from trainbus.state.collect import Parts, check_parts, restore
+from trainbus.state.split_state import is_divided
 from trainbus.unwrap import unwrap
+
+if TYPE_CHECKING:
+    from trainbus.divided_saves import DividedSaves
 
 __all__ = ["Handler"]
 
@@ -54,7 +59,8 @@ class Handler(RunSaving):
         max_pending: Saves that may be unfinished at once, each with a copy of the state in
             host memory.
         on_busy: What a save does when that many are unfinished: ``"wait"`` for one to end,
-            ``"skip"`` itself, or ``"replace"`` the one that has not begun (``max_pending=2``).
+            ``"skip"`` itself, or ``"replace"`` the one that has not begun (``max_pending=2``). Where
+            the module is divided among ranks (``fully_shard``), only ``"wait"``.
         snapshot: ``"auto"``: when a save returns, the state may change in any way. ``"overlap"``: your
             promise that weights change in ``Optimizer.step`` alone; what a ``train_batch_end``
             receiver saves of them is then copied during the next batch, and its step waits for it.
@@ -64,7 +70,8 @@ class Handler(RunSaving):
             what something else than an optimizer changed; for trying out ``"overlap"``.
         on_write_error: ``"raise"`` a failed save at the next event, or ``"warn"`` only.
         write_timeout: Seconds in which the disk may take no byte of a file before the save counts as
-            failed; whoever waits for it goes on.
+            failed; whoever waits for it goes on. So long ranks that have written their part of a
+            divided state wait for the others.
         rank_timeout: Seconds that a rank waits for the others where they meet: as a handler is made, behind
             each batch and epoch, and in what is said to be collective.
 
@@ -118,6 +125,12 @@ class Handler(RunSaving):
         check_parts(self._parts())
         self.bus = self._take_bus(bus if bus is not None else EventBus())
         ranks.join(rank_timeout)
+        self._divided = self._join_divided(
+            max_pending=max_pending,
+            on_busy=on_busy,
+            device_snapshot=device_snapshot,
+            patience=max(write_timeout, rank_timeout),
+        )
         self._agreement = Agreement(weak_post(self.bus), self._stop_here)
         self._saver = Saver(
             weak_post(self._agreement),
@@ -128,7 +141,7 @@ class Handler(RunSaving):
             check_snapshots=check_snapshots,
             write_timeout=write_timeout,
         )
-        self._saves = SaveRequests(self, self._moments, self._saver, self._agreement)
+        self._saves = SaveRequests(self, self._moments, self._saver, self._agreement, self._divided)
         self._reports = SaveReports(self.bus, raises=on_write_error == "raise")
         self._undo = [
             self.bus.on("train_begin", self._begin, priority=-math.inf).cancel,
@@ -254,10 +267,12 @@ class Handler(RunSaving):
         Load a checkpoint into this run's objects; first finishes a pending save of that file.
 
         Every rank reads the file and takes its own random state and data position from it. What a file of
-        another number of ranks cannot say is told in the log.
+        another number of ranks cannot say is told in the log. Collective where the module's parameters are
+        divided among ranks: each reads its part into them, in place.
 
         Args:
-            path: A file of this class, or a module's state dict saved by anything.
+            path: A file of this class, the folder of a sharded checkpoint, or a module's state dict saved
+                by anything.
             only: Top-level parts to load, out of ``module, optimizer, scheduler, scaler, extra,
                 callbacks, progress, rng, data``. ``("module",)`` is the warm start.
             strict: Refuse what does not fit, in the module's names too.
@@ -271,9 +286,15 @@ class Handler(RunSaving):
         """
         if self._agreement.is_shared:
             self.finish_writing()  # the file may be one that rank 0 is writing
-        loaded = read_state(path, only)
+        parts = self._parts()
+        if self._divided is None:
+            loaded = read_state(path, only, lambda wanted: load_checkpoint(path))
+        else:
+            divided = self._divided
+            loaded = read_state(path, only, lambda wanted: divided.read(path, wanted, parts, strict))
+            parts = divided.parts(parts)
         self.fence()
-        restore(self._parts(), loaded.state, loaded.wanted, strict)
+        restore(parts, loaded.state, loaded.wanted, strict)
         if "callbacks" in loaded.wanted:
             states = loaded.state["callbacks"] or {}
             self._unclaimed = {key: state for key, state in states.items() if key not in self.callbacks}
@@ -328,6 +349,8 @@ class Handler(RunSaving):
                     self.finish_writing(timeout)
             finally:
                 self._saver.close(timeout)
+                if self._divided is not None:
+                    self._divided.close()
             raise_held_back(self.bus)
         finally:
             self._saves.release_names()
@@ -371,6 +394,15 @@ class Handler(RunSaving):
         self._agreement.meet(what)
 
     # -- inside
+
+    def _join_divided(self, **options: Any) -> DividedSaves | None:
+        """Return what saves a state that is divided among ranks, None for others. Collective."""
+        if not ranks.connected() or not is_divided(self.module):
+            return None
+        # Here, because it takes a second that only divided states are worth.
+        from trainbus.divided_saves import DividedSaves
+
+        return DividedSaves(**options)
 
     def _stop_here(self, reason: str) -> None:
         self.stopped = True

@@ -14,7 +14,6 @@ from trainbus import ranks
 from trainbus.checkpoint.background_writer import finish_saves
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
-from trainbus.checkpoint.load import load_file
 from trainbus.errors import CheckpointCorruptError, RankError, StateMismatchError
 from trainbus.state import rank_parts
 from trainbus.state.collect import KEYS
@@ -41,9 +40,18 @@ class LoadedState:
     manifest: Manifest | None
 
 
-def read_state(path: str | os.PathLike[str], only: Collection[str] | None) -> LoadedState:
+def read_state(
+    path: str | os.PathLike[str],
+    only: Collection[str] | None,
+    read: Callable[[set[str]], tuple[Any, Manifest | None]],
+) -> LoadedState:
     """
     Read and verify a file, once it is written. One that holds weights only offers the module alone.
+
+    Args:
+        path: The file, for messages.
+        only: The parts asked for; None: all.
+        read: Reads it, for parts that are wanted, and returns its content and its manifest.
 
     Raises:
         ValueError: If *only* names a part there is not.
@@ -52,7 +60,7 @@ def read_state(path: str | os.PathLike[str], only: Collection[str] | None) -> Lo
     """
     wanted = _require_keys(only)
     finish_saves(path)
-    value, manifest = load_file(path)
+    value, manifest = read(wanted)
     state = from_plain(value, path)
     if _is_full_state(state, manifest):
         return LoadedState(state, wanted, manifest)

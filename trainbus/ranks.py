@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "agree",
+    "connected",
     "decide",
     "exchange",
     "gather",
@@ -48,6 +49,11 @@ def world_size() -> int:
     """Return the number of processes: from the process group, else from ``WORLD_SIZE``, else 1."""
     distributed = _process_group()
     return int(distributed.get_world_size()) if distributed else _from_environment("WORLD_SIZE", 1)
+
+
+def connected() -> bool:
+    """Return whether there is a process group, be it of this rank alone."""
+    return _process_group() is not None
 
 
 def together() -> bool:
@@ -167,6 +173,23 @@ def exchange(what: str, mine: bytes, answer: Callable[[list[bytes]], bytes]) -> 
         answer: Called on rank 0 with what all ranks say, in order of rank. Must not raise.
     """
     return _table().exchange(what, mine, answer)
+
+
+def separate_group(seconds: float) -> Any:
+    """
+    Return a new gloo group of all ranks for an engine that has collectives of its own, also off this thread.
+
+    Collective. Needs a process group, be it of one rank. Whoever asks for it destroys it.
+
+    Args:
+        seconds: That a rank waits for the others, here and in the group.
+
+    Raises:
+        RankError: Not all ranks came.
+    """
+    from trainbus.rank_table import new_group
+
+    return new_group(seconds)[0]
 
 
 def _world() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainbus.agreement import Agreement
 from trainbus.bus import EventBus
@@ -21,6 +21,9 @@ from trainbus.save_requests import SaveRequest
 from trainbus.state.collect import Parts, collect, collect_weights
 from trainbus.state.plain_types import find_problems
 
+if TYPE_CHECKING:
+    from trainbus.divided_saves import DividedSaves
+
 __all__ = ["RunSaving"]
 
 logger = logging.getLogger("trainbus")
@@ -32,15 +35,24 @@ class RunSaving(RunPosition):
     bus: EventBus
     _agreement: Agreement
     _reports: SaveReports
+    _divided: DividedSaves | None
 
     def _parts(self) -> Parts:
         raise NotImplementedError
 
-    def save(self, path: str | os.PathLike[str], *, weights_only: bool = False) -> Manifest | None:
+    def save(
+        self, path: str | os.PathLike[str], *, weights_only: bool = False, full_state: bool = False
+    ) -> Manifest | None:
         """
         Collective when more than one rank runs: all call it. Save the run and return when it is durable.
 
-        Taken at once, also while accumulating. Rank 0 writes, to its *path*, and all wait for its disk.
+        Taken at once, also while accumulating. Rank 0 writes, to its *path*, and all wait for its disk; a
+        state that is divided among ranks all of them write, see `save_async`.
+
+        Args:
+            path: As for `save_async`.
+            weights_only: Save only the module's ``state_dict()``.
+            full_state: As for `save_async`.
 
         Returns:
             The file's manifest, on every rank; None on another than 0 that is not connected to it.
@@ -56,7 +68,8 @@ class RunSaving(RunPosition):
                 "Use save_async(), which waits for the next step.",
                 os.fspath(path),
             )
-        return self._agreement.result(self._saves.ask(path, weights_only, SaveRequest(), postpone=False))
+        request = SaveRequest(full_state=full_state)
+        return self._agreement.result(self._saves.ask(path, weights_only, request, postpone=False))
 
     def save_async(
         self,
@@ -71,6 +84,7 @@ class RunSaving(RunPosition):
         removals: Sequence[str] = (),
         keep: Retention | None = None,
         interrupted: bool = False,
+        full_state: bool = False,
     ) -> PendingSave:
         """
         Collective when more than one rank runs: all call it. Copy the state now, have it written later.
@@ -81,6 +95,9 @@ class RunSaving(RunPosition):
 
         Rank 0 writes, to its *path*, what it holds and the random state and data position of every rank,
         which the others give when they call this. What becomes of the save they all hear at the same event.
+        Where the module's parameters are divided among ranks (``fully_shard``, any `DTensor`), each rank
+        writes its part, to the same *path*, which becomes a folder; it is copied at once, also with
+        ``snapshot="overlap"``.
 
         Args:
             path: Missing folders are made, ``~`` is expanded.
@@ -95,7 +112,10 @@ class RunSaving(RunPosition):
                 what is in the folder; the others are removed on the writer thread.
             interrupted: Mark the file as saved amid a batch that an exception ended. It is taken at once,
                 also while gradients accumulate, and `resume` passes it over unless it is asked for. Not
-                collective: rank 0 writes what it has, for the others may never come.
+                collective: rank 0 writes what it has, for the others may never come; a divided state is
+                not saved.
+            full_state: Make a divided state whole and write it as one file. Collective at once: each
+                rank sends its part, and rank 0 has all of it in memory.
 
         Returns:
             A handle on the save; finished, with ``path=None``, on ranks other than 0.
@@ -103,7 +123,9 @@ class RunSaving(RunPosition):
         Raises:
             RankError: If not all ranks call it.
         """
-        request = SaveRequest(stream, logs or {}, monitor, mode, score, removals, keep, interrupted)
+        request = SaveRequest(
+            stream, logs or {}, monitor, mode, score, removals, keep, interrupted, full_state
+        )
         return self._saves.ask(path, weights_only, request, postpone=not interrupted)
 
     def check(self) -> None:
@@ -115,7 +137,7 @@ class RunSaving(RunPosition):
         Raises:
             UnsavableStateError: Naming each place in the state, with the remedy.
         """
-        problems = find_problems(self.collect(weights_only=False))
+        problems = find_problems(self.collect(weights_only=False), divided=self._divided is not None)
         if problems:
             raise UnsavableStateError(problems)
 
@@ -125,7 +147,7 @@ class RunSaving(RunPosition):
 
         Call it after the first optimizer step, when the state has its size; `ModelCheckpoint` does.
         """
-        if self.rank == 0:
+        if self.rank == 0 and self._divided is None:
             self._saver.prepare(lambda: self.collect(weights_only))
 
     def keep_batch_starts(self) -> None:
@@ -190,6 +212,7 @@ class RunSaving(RunPosition):
 
     def collect(self, weights_only: bool) -> Any:
         """Return the state to save, with live tensors in it."""
+        parts = self._parts() if self._divided is None else self._divided.parts(self._parts())
         if weights_only:
-            return collect_weights(self._parts())
-        return collect(self._parts(), **self._moments.collect())
+            return collect_weights(parts)
+        return collect(parts, **self._moments.collect())

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from trainbus.state import rank_parts
 from trainbus.state.plain_types import to_plain
 
 if TYPE_CHECKING:
+    from trainbus.divided_saves import DividedSaves
     from trainbus.handler import Handler
 
 __all__ = ["SaveRequest", "SaveRequests"]
@@ -48,6 +50,7 @@ class SaveRequest:
         removals: Files to remove once this one is durable.
         keep: Which files of *stream* and this run stay then; None: all.
         interrupted: Taken amid a batch that an exception ended.
+        full_state: Written as one file, also where the state is divided among ranks.
     """
 
     stream: str = ""
@@ -58,10 +61,12 @@ class SaveRequest:
     removals: Sequence[str] = ()
     keep: Retention | None = None
     interrupted: bool = False
+    full_state: bool = False
 
 
 @dataclass(frozen=True)
 class _Accepted:
+    path: str
     pending: PendingSave
     weights_only: bool
     request: SaveRequest
@@ -75,12 +80,20 @@ class SaveRequests:
     With several ranks all come here together. Each gives its part of the state, rank 0 goes on to write.
     """
 
-    def __init__(self, handler: Handler, moments: Moments, saver: Saver, agreement: Agreement) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        moments: Moments,
+        saver: Saver,
+        agreement: Agreement,
+        divided: DividedSaves | None,
+    ) -> None:
         self._handler = handler
         self._moments = moments
         self._progress = moments.progress
         self._saver = saver
         self._agreement = agreement
+        self._divided = divided
         self._postponed: list[_Accepted] = []
         self._sequence = 0
         self._counted_folders: set[str] = set()
@@ -119,7 +132,12 @@ class SaveRequests:
             stream=request.stream,
             logs=metrics.known,
         )
-        accepted = _Accepted(pending, weights_only, request, metrics)
+        accepted = _Accepted(target, pending, weights_only, request, metrics)
+        if self._divided is not None and ranks.together() and not self._is_shared(request):
+            self._skip(
+                accepted, "the state is divided among ranks, and the others may not come to give theirs"
+            )
+            return pending
         if postpone and self._moments.must_wait:
             self._postponed.append(accepted)
         else:
@@ -165,18 +183,21 @@ class SaveRequests:
         """Give up the saves that waited for an optimizer step that will not come."""
         postponed, self._postponed = self._postponed, []
         for accepted in postponed:
-            pending = accepted.pending
-            self._handler.bus.post(
-                "checkpoint_skipped",
-                save=pending,
-                path=pending.path,
-                reason=reason,
-                stream=pending.stream,
-                epoch=pending.epoch,
-                global_step=pending.global_step,
-                logs=pending.logs,
-            )
-            pending.fail(CheckpointSkipped(pending.path or "", reason))
+            self._skip(accepted, reason)
+
+    def _skip(self, accepted: _Accepted, reason: str) -> None:
+        pending = accepted.pending
+        self._handler.bus.post(
+            "checkpoint_skipped",
+            save=pending,
+            path=pending.path,
+            reason=reason,
+            stream=pending.stream,
+            epoch=pending.epoch,
+            global_step=pending.global_step,
+            logs=pending.logs,
+        )
+        pending.fail(CheckpointSkipped(pending.path or "", reason))
 
     def _is_shared(self, request: SaveRequest) -> bool:
         """Tell whether all ranks ask for this save; amid an exception nobody knows if the others come."""
@@ -188,16 +209,79 @@ class SaveRequests:
             part = {} if accepted.weights_only else rank_parts.give(self._moments.collect())
             given = ranks.gather_to_first(part, "handler.save or save_async")
             self._agreement.expect(accepted.pending)
-        if self._handler.rank == 0:
-            self._write(accepted, given)
+        if self._divided is not None and not accepted.request.full_state:
+            self._write_together(accepted, given, self._divided)
         else:
+            state = self._whole_state(accepted, given)
+            if self._handler.rank == 0:
+                self._write(accepted, state)
+        if self._handler.rank != 0:
             accepted.pending.finish_elsewhere()
 
-    def _write(self, accepted: _Accepted, given: list[dict[str, Any]] | None) -> None:
+    def _write(self, accepted: _Accepted, state: Callable[[], Any]) -> None:
+        pending, request = accepted.pending, accepted.request
+        self._saver.save(
+            pending,
+            state,
+            self._with_metrics(self._describe(accepted), accepted),
+            removals=request.removals,
+            find_removals=self._retention(pending, request.keep),
+            optimizers=self._moments.optimizers_before_step,
+        )
+
+    def _write_together(
+        self, accepted: _Accepted, given: list[dict[str, Any]] | None, divided: DividedSaves
+    ) -> None:
+        pending, request, is_first = accepted.pending, accepted.request, self._handler.rank == 0
+        described: list[Manifest] = []
+
+        def collect() -> Any:
+            # In here nothing is raised on one rank alone.
+            if is_first:
+                described.append(self._describe(accepted))
+            return to_plain(self._collect(accepted, given), divided=True)
+
+        def begin() -> Future[Manifest]:
+            return divided.save(accepted.path, collect, lambda: self._with_metrics(described[0], accepted)())
+
+        if is_first:
+            self._saver.follow(
+                pending,
+                begin,
+                lambda: divided.last_progress,
+                removals=request.removals,
+                find_removals=self._retention(pending, request.keep),
+            )
+        else:
+            begin()
+
+    def _whole_state(self, accepted: _Accepted, given: list[dict[str, Any]] | None) -> Callable[[], Any]:
+        """Return what gives the state to write to one file, on rank 0. Collective where it is divided."""
+        if self._divided is None:
+            return lambda: to_plain(self._collect(accepted, given))
+        from trainbus.divided_saves import gathered
+
+        return gathered(lambda: self._collect(accepted, given))
+
+    def _collect(self, accepted: _Accepted, given: list[dict[str, Any]] | None) -> Any:
+        collected = self._handler.collect(accepted.weights_only)
+        if self._handler.rank == 0 and ranks.together() and not accepted.weights_only:
+            collected[rank_parts.KEY] = rank_parts.together(given, ranks.world_size())
+        return collected
+
+    def _with_metrics(self, manifest: Manifest, accepted: _Accepted) -> Callable[[], Manifest]:
+        def with_metrics() -> Manifest:
+            # On the writer thread: the training one must not wait for a device to compute them.
+            accepted.pending.logs = accepted.metrics.read()
+            return replace(manifest, logs=dict(accepted.pending.logs))
+
+        return with_metrics
+
+    def _describe(self, accepted: _Accepted) -> Manifest:
         handler, pending, request = self._handler, accepted.pending, accepted.request
         # An open batch in which the optimizer stepped counts already, so this may be one ahead.
         pending.global_step = self._progress.state_dict()["global_step"]
-        manifest = Manifest(
+        return Manifest(
             contents="weights" if accepted.weights_only else "state",
             run_id=handler.run_id,
             parents=handler.lineage,
@@ -212,26 +296,6 @@ class SaveRequests:
             config=handler.config,
             interrupted=request.interrupted,
             versions=versions(),
-        )
-
-        def state() -> Any:
-            collected = handler.collect(accepted.weights_only)
-            if ranks.together() and not accepted.weights_only:
-                collected[rank_parts.KEY] = rank_parts.together(given, ranks.world_size())
-            return to_plain(collected)
-
-        def manifest_with_metrics() -> Manifest:
-            # On the writer thread: the training one must not wait for a device to compute them.
-            pending.logs = accepted.metrics.read()
-            return replace(manifest, logs=dict(pending.logs))
-
-        self._saver.save(
-            pending,
-            state,
-            manifest_with_metrics,
-            removals=request.removals,
-            find_removals=self._retention(pending, request.keep),
-            optimizers=self._moments.optimizers_before_step,
         )
 
     def _retention(self, pending: PendingSave, keep: Retention | None) -> Callable[[], Sequence[str]]:

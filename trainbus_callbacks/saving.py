@@ -20,7 +20,7 @@ from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, 
 from trainbus_callbacks.earlier_runs import reconcile, warning_of_other_runs
 from trainbus_callbacks.naming import COUNTERS, FilledName, NameTemplate
 from trainbus_callbacks.scalars import as_float, describe, floats_of, why_no_number
-from trainbus_callbacks.triggers import Every, Moment, Trigger, trigger_of
+from trainbus_callbacks.triggers import Moment, Trigger, in_short, trigger_of
 
 __all__ = ["ModelCheckpoint"]
 
@@ -89,6 +89,8 @@ class ModelCheckpoint(Callback):
         shared: Let other processes save under the same *filepath* at the same time. By default the
             second one fails when its training begins, and names the first.
 
+        full_state: Save one whole file, also where the state is divided among ranks (FSDP2).
+
     Attributes:
         mode: ``"min"`` or ``"max"``.
 
@@ -112,6 +114,7 @@ class ModelCheckpoint(Callback):
         keep: Retention | None = None,
         name: str | None = None,
         shared: bool = False,
+        full_state: bool = False,
     ) -> None:
         self._template = NameTemplate(filepath)
         self._trigger = trigger_of(save_freq)
@@ -126,6 +129,7 @@ class ModelCheckpoint(Callback):
         self.keep = checked_keep(keep, monitor, self._template)
         self._name = name
         self._shared = shared
+        self.full_state = full_state
         self._ledger = ScoreLedger(self.mode, initial_value_threshold)
         self._last_due: float | None = None  # by time.monotonic()
         self._due = False  # a save fell into gradient accumulation and waits for its end
@@ -156,8 +160,9 @@ class ModelCheckpoint(Callback):
             "mode": self.mode if self.monitor else None,
             "save_best_only": self.save_best_only or None,
             "save_weights_only": self.save_weights_only or None,
-            "save_freq": _short(self._trigger),
+            "save_freq": in_short(self._trigger),
             "initial_value_threshold": self.initial_value_threshold,
+            "full_state": self.full_state or None,
         }
         given = [f"{option}={value!r}" for option, value in options.items() if value is not None]
         return f"ModelCheckpoint({', '.join([repr(self._template.last), *given])})"
@@ -399,6 +404,7 @@ class ModelCheckpoint(Callback):
                 mode=self._judged_by,
                 score=choice.score,
                 keep=self.keep,
+                full_state=self.full_state,
             )
         except BaseException:
             self._ledger.withdraw(proposal)
@@ -477,13 +483,6 @@ class ModelCheckpoint(Callback):
         new = what not in self._said
         self._said.add(what)
         return new
-
-
-def _short(trigger: Trigger) -> Trigger | int | None:
-    """Return a trigger as it is written in a state key: a number of batches alone, and nothing for epochs."""
-    if trigger == Every(epochs=1):
-        return None
-    return trigger.steps if isinstance(trigger, Every) and trigger.steps is not None else trigger
 
 
 def _takes_part(handler: Any) -> bool:

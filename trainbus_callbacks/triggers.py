@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Every", "Moment", "Trigger", "trigger_of"]
+__all__ = ["Every", "Moment", "Trigger", "in_short", "trigger_of"]
 
 
 @dataclass(frozen=True)
@@ -181,3 +181,10 @@ def trigger_of(save_freq: Any) -> Trigger:
         f"{save_freq!r}. Or Every(epochs=…), Every(steps=…), Every(minutes=…), a predicate of a Moment, or "
         "several with |."
     )
+
+
+def in_short(trigger: Trigger) -> Trigger | int | None:
+    """Return a trigger as it is written in a state key: a number of batches alone, and nothing for epochs."""
+    if trigger == Every(epochs=1):
+        return None
+    return trigger.steps if isinstance(trigger, Every) and trigger.steps is not None else trigger

@@ -1,4 +1,4 @@
-"""What the ranks run: a small DDP training, with what is to go wrong in it. Each rank tells what it saw."""
+"""What the ranks run: a small training, with what is to go wrong in it. Each rank tells what it saw."""
 
 from __future__ import annotations
 
@@ -16,28 +16,38 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from trainbus import Handler
 from trainbus.testing import FaultyDisk
-from trainbus_callbacks import Every, ModelCheckpoint, Preemption, SaveOnRequest, TerminateOnNaN
+from trainbus.testing.differences import value_differences
+from trainbus_callbacks import (
+    Every,
+    KeepLast,
+    ModelCheckpoint,
+    OnException,
+    Preemption,
+    SaveOnRequest,
+    TerminateOnNaN,
+)
 
 
 class Run:
     """The training: dropout, noise from the global generator of each rank, shuffling, a validation."""
 
-    def __init__(self, folder: Path, **options) -> None:
+    def __init__(self, folder: Path, *, fsdp: bool = False, **options) -> None:
         self.rank = dist.get_rank()
         self.folder = folder
         torch.manual_seed(0)
         data = TensorDataset(torch.randn(48, 4), torch.randn(48, 1))
         net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         torch.manual_seed(1 + self.rank)  # a rank that drew another's numbers would be seen
-        # Else DDP sorts its buckets anew behind the first batch of a process, which with more than two ranks
-        # changes the order of additions: the last bit of that one gradient.
-        self.model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+        self.model = divided(net) if fsdp else replicated(net)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.05)
         self.loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, seed=7))
         self.losses: list[float] = []
@@ -63,12 +73,31 @@ class Run:
     def told(self) -> dict:
         """Return what to compare."""
         return {
-            "weights": [tensor.flatten().tolist() for tensor in self.model.state_dict().values()],
+            "weights": [whole_of(tensor).flatten().tolist() for tensor in self.model.state_dict().values()],
             "losses": self.losses,
             "random": torch.rand(2).tolist(),
             "step": self.handler.global_step,
             "reason": self.handler.stop_reason,
         }
+
+
+def replicated(net: nn.Module) -> nn.Module:
+    """Return *net* for DDP."""
+    # Else DDP sorts its buckets anew behind the first batch of a process, which with more than two ranks
+    # changes the order of additions: the last bit of that one gradient.
+    return nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+
+
+def divided(net: nn.Module) -> nn.Module:
+    """Return *net* for FSDP2."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(net[0], mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the parts of all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(run: Run, args) -> None:
@@ -110,13 +139,13 @@ def nan(run: Run, args) -> None:
 
 
 def full_disk(run: Run, args) -> None:
-    """Let rank 0's disk be full from its third save on; what happens after which event is noted."""
+    """Let a rank's disk be full from its n-th sync on; what happens after which event is noted."""
     seen = run.seen = []
     for name in ("train_batch_begin", "train_batch_end", "checkpoint_saved", "checkpoint_failed"):
         run.handler.on(name, lambda global_step, name=name: seen.append([name, global_step]), priority=-99)
     run.handler.add_callback(ModelCheckpoint(run.folder / "{global_step}.pt", save_freq=2))
-    if run.rank == 0:
-        FaultyDisk(errno.ENOSPC, calls=["fsync"], at=3, times=math.inf).__enter__()
+    if run.rank == args.rank:
+        FaultyDisk(errno.ENOSPC, calls=["fsync"], at=args.at, times=math.inf).__enter__()
     run.train(3)
 
 
@@ -179,6 +208,65 @@ def killed(run: Run, args) -> None:
     run.train(3)
 
 
+def oracle(run: Run) -> dict:
+    """Return the whole state as torch itself gathers it; on rank 0."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    module, optimizer = get_state_dict(run.model, run.optimizer, options=options)
+    return {"module": module, "optimizer": optimizer}
+
+
+def save_with_oracle(run: Run, args) -> None:
+    """Train, save divided and whole, and beside it what torch gathers."""
+    run.train(1)
+    again = Handler(run.model, run.optimizer, rank_timeout=args.timeout)
+    again.save(run.folder / "divided")
+    again.save(run.folder / "weights", weights_only=True)
+    again.save(run.folder / "whole.pt", full_state=True)
+    again.save(run.folder / "weights.pt", weights_only=True, full_state=True)
+    again.close()
+    state = oracle(run)
+    if run.rank == 0:
+        torch.save(state, run.folder / "oracle")
+
+
+def load_and_compare(run: Run, args) -> None:
+    """Load what another number of ranks has saved, and compare it with what torch gathered there."""
+    saved = torch.load(run.folder / "oracle")
+    run.differs = {}
+    for name in ("divided", "whole.pt", "weights", "weights.pt"):
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.fill_(7.0)
+        key = ("module",) if name.startswith("weights") else ("module", "optimizer")
+        run.handler.load(run.folder / name, only=key)
+        state = oracle(run)
+        if run.rank == 0:
+            expected = {one: saved[one] for one in key}
+            run.differs[name] = list(
+                value_differences(expected, {one: state[one] for one in key}, "state", ())
+            )
+    run.handler.close()
+
+
+def exception(run: Run, args) -> None:
+    """Raise in a batch, with what saves then."""
+    seen = run.seen = []
+    run.handler.on("checkpoint_skipped", lambda reason: seen.append(reason))
+    run.handler.add_callback(OnException(run.folder / "broken"))
+
+    def fail(step: int) -> None:
+        if step == args.step:
+            raise ValueError("bad batch")
+
+    run.train(1, fail)
+
+
+def retention(run: Run, args) -> None:
+    """Keep the last only, of a file each step."""
+    run.handler.add_callback(ModelCheckpoint(run.folder / "{global_step}", save_freq=1, keep=KeepLast(1)))
+    run.train(1)
+
+
 def main() -> None:
     """Run the scenario, and write what came of it to ``<out>/<rank>.json``."""
     parser = argparse.ArgumentParser()
@@ -186,11 +274,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--step", type=int, default=-1)
+    parser.add_argument("--at", type=int, default=3)
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=20.0)
+    parser.add_argument("--fsdp", type=int, default=0)
     args = parser.parse_args()
     dist.init_process_group("gloo")
-    run = Run(args.folder, rank_timeout=args.timeout)
+    run = Run(args.folder, rank_timeout=args.timeout, fsdp=bool(args.fsdp))
     begun, error = time.monotonic(), None
     try:
         globals()[args.scenario](run, args)
@@ -198,7 +288,7 @@ def main() -> None:
         traceback.print_exc()
         error = f"{type(one).__name__}: {one}"
     told = {**run.told(), "error": error, "seconds": time.monotonic() - begun}
-    told |= {name: getattr(run, name) for name in ("seen", "logs", "best") if hasattr(run, name)}
+    told |= {name: getattr(run, name) for name in ("seen", "logs", "best", "differs") if hasattr(run, name)}
     args.out.mkdir(exist_ok=True, parents=True)
     (args.out / f"{run.rank}.json").write_text(json.dumps(told))
     sys.stdout.flush()

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any, BinaryIO, cast
 
 import torch
@@ -78,8 +79,9 @@ class Saver:
             on_busy=on_busy,
             helpers=(self._stager.thread, self._chunks),
             patience=write_timeout,
-            last_progress=lambda: self._chunks.last_progress,
+            last_progress=lambda: max(self._chunks.last_progress, self._last_progress_elsewhere()),
         )
+        self._last_progress_elsewhere: Callable[[], float] = lambda: 0.0
         self._sweeper = Sweeper()
         self.lost = LostTime()
         self._overlaps = snapshot == "overlap"
@@ -155,6 +157,36 @@ class Saver:
         self.writer.submit(
             pending, write, removals=removals, find_removals=find_removals, release=snapshot.release
         )
+
+    def follow(
+        self,
+        pending: PendingSave,
+        begin: Callable[[], Future[Manifest]],
+        last_progress: Callable[[], float],
+        *,
+        removals: Sequence[str] = (),
+        find_removals: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        """
+        Queue a save that several ranks write together, to learn what becomes of it and then remove files.
+
+        Args:
+            pending: Learns what becomes of the save.
+            begin: Called on this thread: copies this rank's part, returns a future of the durable
+                checkpoint. Called in any case, because the other ranks do it too.
+            last_progress: When a disk last took something of this rank's part.
+            removals: As for `save`.
+            find_removals: As for `save`.
+        """
+        self._last_progress_elsewhere = last_progress
+        with record_function("trainbus: wait for room"):
+            admitted = self._admit(pending)
+        begun = time.monotonic()
+        future = begin()
+        seconds = pending.times.copying = time.monotonic() - begun
+        self.lost.copying += seconds
+        if admitted:
+            self.writer.submit(pending, future.result, removals=removals, find_removals=find_removals)
 
     def prepare(self, collect: Callable[[], Any]) -> None:
         """

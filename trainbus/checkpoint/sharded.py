@@ -96,7 +96,8 @@ class ShardedSaver:
         Args:
             path: A folder on a disk that all ranks share; a checkpoint that is there is replaced in one
                 step at the very end.
-            state: Tensors and plain values in dict, OrderedDict, Counter, list, tuple and set.
+            state: Tensors and plain values in dict, OrderedDict, Counter, list, tuple and set; or what
+                returns such a state and is called once there is room. What it raises fails the save on all.
             manifest: Called on rank 0, on another thread, once all ranks have written.
 
         Returns:
@@ -133,9 +134,13 @@ class ShardedSaver:
         )
         return result
 
-    def close(self) -> None:
-        """Wait until all saves are finished, whatever became of them, and end the threads."""
+    def wait(self) -> None:
+        """Block until all saves are finished, whatever became of them."""
         wait(self._unfinished)
+
+    def close(self) -> None:
+        """Do what `wait` does, and end the threads."""
+        self.wait()
         self._stager.thread.close()
         self._writers.close()
         self._forget_cache()
@@ -220,7 +225,7 @@ class _SnapshotStager(AsyncStager):
             self._snapshot.release()
 
     def _take(self, state: Any) -> StagedState:
-        flat = flatten(state)
+        flat = flatten(state() if callable(state) else state)
         with torch.no_grad():
             parts = {
                 name: part

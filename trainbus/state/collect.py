@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
 from trainbus.errors import StateMismatchError, did_you_mean
+from trainbus.state.named_optimizer import NamedOptimizer, is_by_name
 from trainbus.state.scaler import scaler_numbers, scaler_state
 from trainbus.state.split_state import refuse_split_state
 
-__all__ = ["KEYS", "Parts", "Stateful", "check_parts", "collect", "collect_weights", "restore"]
+__all__ = [
+    "KEYS",
+    "Parts",
+    "Stateful",
+    "check_parts",
+    "check_restorable",
+    "collect",
+    "collect_weights",
+    "each_of",
+    "restore",
+]
 
 KEYS = ("module", "optimizer", "scheduler", "scaler", "extra", "callbacks", "progress", "rng", "data")
 
@@ -72,12 +83,22 @@ def restore(parts: Parts, state: Mapping[str, Any], only: Collection[str], stric
     Raises:
         StateMismatchError: With *strict*, if the run and the file have different parts.
     """
-    loads: list[Callable[[], Any]] = []
-    for key in KEYS[:6]:
-        if key in only:
-            loads += _loads_of(key, getattr(parts, key), state.get(key), strict)
-    for load in loads:
+    if "optimizer" in only:
+        parts = replace(parts, optimizer=_by_name(parts, state.get("optimizer")))
+    for load in _loads(parts, state, only, strict):
         load()
+
+
+def check_restorable(parts: Parts, state: Mapping[str, Any], only: Collection[str]) -> None:
+    """Raise what `restore` would because of different parts. Of *state* the keys suffice."""
+    _loads(parts, state, only, strict=True)
+
+
+def each_of(part: Any, change: Callable[[Any], Any]) -> Any:
+    """Return what *change* makes of a part, or of each of several by name."""
+    if isinstance(part, Mapping):
+        return {name: change(one) for name, one in part.items()}
+    return change(part)
 
 
 def check_parts(parts: Parts) -> None:
@@ -108,6 +129,30 @@ def check_parts(parts: Parts) -> None:
     refuse_split_state(parts.module, parts.optimizer)
 
 
+def _by_name(parts: Parts, saved: Any) -> Any:
+    """Return the optimizers such that they take a state by names, as sharded checkpoints have it."""
+    several = (
+        saved.values() if isinstance(parts.optimizer, Mapping) and isinstance(saved, Mapping) else [saved]
+    )
+    if not any(map(is_by_name, several)):
+        return parts.optimizer
+
+    def named(one: Any) -> Any:
+        return NamedOptimizer(one, parts.module) if isinstance(one, torch.optim.Optimizer) else one
+
+    return each_of(parts.optimizer, named)
+
+
+def _loads(
+    parts: Parts, state: Mapping[str, Any], only: Collection[str], strict: bool
+) -> list[Callable[[], Any]]:
+    loads: list[Callable[[], Any]] = []
+    for key in KEYS[:6]:
+        if key in only:
+            loads += _loads_of(key, getattr(parts, key), state.get(key), strict)
+    return loads
+
+
 def _state_of(thing: Any) -> Any:
     if thing is None:
         return None
@@ -125,19 +170,20 @@ def _loads_of(key: str, mine: Any, saved: Any, strict: bool) -> list[Callable[[]
         if mine is not saved and _is_refused(key, strict):
             raise StateMismatchError(_one_sided(key, "file" if mine is None else "run"))
         return []
-    if key == "module" and not strict:
+    if key.startswith("module") and not strict:  # also one of several
         return [lambda: _load(key, mine, saved, strict=False)]
     return [lambda: _load(key, mine, saved)]
 
 
 def _load(key: str, mine: Any, saved: Any, **options: Any) -> None:
+    kind = getattr(mine, "kind", type(mine).__name__)  # of what it stands for
     if isinstance(mine, torch.amp.GradScaler):
         saved = scaler_numbers(saved)
     try:
         left_out = mine.load_state_dict(saved, **options)
     except (RuntimeError, ValueError, KeyError) as error:
         raise StateMismatchError(
-            f"Cannot load {key} into {type(mine).__name__}: {error}. What comes before it in the file "
+            f"Cannot load {key} into {kind}: {error}. What comes before it in the file "
             "is loaded. Make the object as it was when the file was written, or load less with only=(...)."
         ) from error
     for side, names in (("file", "missing_keys"), ("run", "unexpected_keys")):

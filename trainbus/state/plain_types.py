@@ -15,7 +15,7 @@ import torch
 from trainbus.errors import CheckpointCorruptError, UnsavableStateError
 from trainbus.state.remedies import describe, describe_array, describe_key, describe_scalar
 
-__all__ = ["find_problems", "from_plain", "to_plain"]
+__all__ = ["NUMPY_KEY", "find_problems", "from_plain", "to_plain"]
 
 # Reserved keys of the root, present only where the state holds NumPy values.
 NUMPY_KEY = "trainbus.numpy"
@@ -44,7 +44,7 @@ _ARRAY_KINDS = {"b": (1,), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "f": (2, 4, 8),
 _SCALAR_KINDS = frozenset("biufcSU")
 
 
-def to_plain(state: Any) -> Any:
+def to_plain(state: Any, *, divided: bool = False) -> Any:
     """
     Convert *state* to what plain ``torch.load(weights_only=True)`` gives back.
 
@@ -52,6 +52,7 @@ def to_plain(state: Any) -> Any:
         state:
             Nested containers of plain values. They are copied, `bytearray` and NumPy arrays too;
             tensors (any device, shape, dtype) are taken by reference and not touched.
+        divided: Take each `DTensor` as a tensor: it goes to a sharded checkpoint, or is made whole.
 
     Returns:
         The same nesting in fresh containers. NumPy arrays have become tensors and NumPy scalars
@@ -61,7 +62,7 @@ def to_plain(state: Any) -> Any:
     Raises:
         UnsavableStateError: For everything else, with the path and a remedy for each value.
     """
-    walk = _Walk()
+    walk = _Walk(divided)
     plain = walk.convert_root(state)
     if walk.problems:
         listed = walk.problems[:MAX_LISTED]
@@ -71,13 +72,13 @@ def to_plain(state: Any) -> Any:
     return plain
 
 
-def find_problems(state: Any) -> list[tuple[str, str]]:
+def find_problems(state: Any, *, divided: bool = False) -> list[tuple[str, str]]:
     """
     Return all that `to_plain` would refuse in *state*, as ``(path, remedy)``.
 
     The path is written as code, e.g. ``state['extra']['when']``. Costs as much as `to_plain`.
     """
-    walk = _Walk()
+    walk = _Walk(divided)
     walk.convert_root(state)
     return walk.problems
 
@@ -130,7 +131,7 @@ def _to_numpy(value: Any, kind: str, dtype: str) -> Any:
 class _Walk:
     """One pass over a state: the converted copy, and what was found on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, divided: bool) -> None:
         self.problems: list[tuple[str, str]] = []
         self._numpy: list[list[Any]] = []
         self._path: list[Any] = []
@@ -149,6 +150,8 @@ class _Walk:
             tuple: functools.partial(self._container, self._sequence),
             set: self._set,
         }
+        if divided and "torch.distributed.tensor" in sys.modules:
+            self._convert_type[sys.modules["torch.distributed.tensor"].DTensor] = self._tensor
 
     def convert_root(self, state: Any) -> Any:
         is_dict = type(state) in (dict, OrderedDict)

@@ -43,6 +43,8 @@ def _remedy(value: Any) -> str:
             return remedy
     if isinstance(value, tuple):
         return "store value._asdict()" if hasattr(value, "_fields") else "store tuple(value)"
+    if type(value).__name__ == "DTensor":
+        return "make the Handler after fully_shard(module); elsewhere store value.full_tensor()"
     if isinstance(value, torch.Tensor):
         return "store value.as_subclass(torch.Tensor), or the plain tensors it is made of"
     if "numpy" in {base.__module__.partition(".")[0] for base in type(value).__mro__}:

@@ -1,4 +1,4 @@
-"""Wrappers whose state is not whole on any rank, so that a file written by rank 0 would hold a part of it."""
+"""State that is not whole on any rank: where it is, and what of it cannot be put together again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,34 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["refuse_split_state"]
+__all__ = ["divided_like", "is_divided", "refuse_split_state"]
+
+
+def is_divided(module: Any) -> bool:
+    """Tell whether *module*, or one of several, went through ``fully_shard`` or has a `DTensor` in it."""
+    return any(
+        _is_a(part, "torch.distributed.fsdp", "FSDPModule")
+        or any(_is_a(one, "torch.distributed.tensor", "DTensor") for one in part.parameters(recurse=False))
+        for one in _each(module)
+        if callable(getattr(one, "modules", None))
+        for part in one.modules()
+    )
+
+
+def divided_like(value: Any, like: Any) -> Any:
+    """Return a whole tensor divided among ranks as *like* is, which has its shape; all else as it is."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if (
+        tensor is None
+        or not isinstance(like, tensor.DTensor)
+        or isinstance(value, tensor.DTensor)
+        or getattr(value, "shape", None) != like.shape
+    ):
+        return value
+    # Each rank has the whole: nobody has to send it anything.
+    return tensor.distribute_tensor(
+        value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
 
 
 def refuse_split_state(module: Any, optimizer: Any) -> None:

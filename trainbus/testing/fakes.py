@@ -29,7 +29,8 @@ class FakeSave:
     delivered before the next one emitted, and complete `pending`.
 
     Attributes:
-        path, weights_only, stream, logs, monitor, mode, score, removals, keep, interrupted: As asked for.
+        path, weights_only, stream, logs, monitor, mode, score, removals, keep, interrupted,
+        full_state: As asked for.
         pending: What the one who asked was given.
         epoch: Of the handler at the request; 0-based.
         global_step: Of the handler at the request.
@@ -56,6 +57,7 @@ class FakeSave:
     run_id: str
     sequence: int
     interrupted: bool = False
+    full_state: bool = False
 
     @property
     def manifest(self) -> Manifest:
@@ -214,6 +216,7 @@ class FakeHandler:
         removals: Sequence[str] = (),
         keep: Retention | None = None,
         interrupted: bool = False,
+        full_state: bool = False,
     ) -> PendingSave:
         """Record the request in `saves`. On ranks other than 0 nothing is recorded, as nothing is written."""
         if self.rank != 0:
@@ -239,6 +242,7 @@ class FakeHandler:
             run_id=self.run_id,
             sequence=len(self.saves) + 1,
             interrupted=interrupted,
+            full_state=full_state,
         )
         self.saves.append(save)
         if self._auto_complete:

@@ -1,0 +1,328 @@
+"""A handler whose module is divided among ranks, in a world of one; ``tests/distributed`` has the others."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import trainbus
+from trainbus import CheckpointFolder, CheckpointWriteError, Handler
+from trainbus.errors import CheckpointCorruptError, StateMismatchError, UnsavableStateError
+from trainbus.testing import FaultyDisk
+from trainbus_callbacks import KeepLast, ModelCheckpoint
+
+
+@pytest.fixture(autouse=True)
+def _world():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Numbers:
+    """Something of the user's own, with NumPy in its state."""
+
+    def __init__(self, value: int) -> None:
+        self.value = np.full(3, value)
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def build(seed: int = 0, width: int = 4):
+    """Return two divided modules and their optimizers, by name."""
+    torch.manual_seed(seed)
+    mesh = init_device_mesh("cpu", (1,))
+    modules = {"one": nn.Linear(width, 4), "two": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))}
+    for module in modules.values():
+        fully_shard(module, mesh=mesh)
+    optimizers = {
+        "one": torch.optim.AdamW(modules["one"].parameters(), lr=0.1),
+        "two": torch.optim.SGD(modules["two"].parameters(), lr=0.1),
+    }
+    return modules, optimizers
+
+
+def train(handler, modules, optimizers, epochs=1):
+    """Train three batches an epoch."""
+    for _ in handler.epochs(epochs):
+        for x in handler.batches([torch.full((8, 4), float(n)) + torch.eye(8, 4) for n in range(3)]):
+            modules["two"](modules["one"](x)).square().mean().backward()
+            modules["one"](x).sum().backward()
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def whole(state):
+    """Return the state of modules or optimizers with whole tensors, flat."""
+    tensors = {}
+    for name, one in state.items():
+        for key, tensor in one.state_dict().items() if isinstance(one, nn.Module) else moments(one):
+            tensors[f"{name}.{key}"] = getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)().clone()
+    return tensors
+
+
+def moments(optimizer):
+    for number, state in optimizer.state_dict()["state"].items():
+        yield from (
+            (f"{number}.{key}", value) for key, value in state.items() if isinstance(value, torch.Tensor)
+        )
+
+
+def equal(a, b):
+    """Tell whether two of those are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Return modules and optimizers that were trained and saved, divided and whole, and where."""
+    modules, optimizers = build()
+    with Handler(modules, optimizers, extra={"numbers": Numbers(5)}) as handler:
+        train(handler, modules, optimizers)
+        handler.save(tmp_path / "divided")
+        handler.save(tmp_path / "whole.pt", full_state=True)
+        handler.save(tmp_path / "weights", weights_only=True)
+        handler.save(tmp_path / "weights.pt", weights_only=True, full_state=True)
+    return modules, optimizers, tmp_path
+
+
+class TestLoad:
+    @pytest.mark.parametrize("name", ["divided", "whole.pt"])
+    def test_all(self, trained, name):
+        """A folder and a whole file bring back several modules and optimizers, NumPy values and counters."""
+        modules, optimizers, folder = trained
+        others, their_optimizers = build(seed=1)
+        numbers = Numbers(0)
+        with Handler(others, their_optimizers, extra={"numbers": numbers}) as handler:
+            handler.load(folder / name)
+            assert handler.global_step == 3
+
+        assert equal(whole(modules), whole(others))
+        assert equal(whole(optimizers), whole(their_optimizers)) and len(whole(optimizers)) == 6
+        assert (numbers.value == 5).all()
+
+    @pytest.mark.parametrize("name", ["divided", "whole.pt", "weights", "weights.pt"])
+    def test_weights_alone(self, trained, name):
+        """The warm start leaves the optimizer as it is."""
+        modules, _, folder = trained
+        others, their_optimizers = build(seed=1)
+        with Handler(others, their_optimizers) as handler:
+            handler.load(folder / name, only=("module",))
+
+        assert equal(whole(modules), whole(others))
+        assert not their_optimizers["one"].state
+
+    def test_into_undivided(self, trained):
+        """A plain run takes the folder, its optimizer's state by names included."""
+        modules, optimizers, folder = trained
+        plain = {"one": nn.Linear(4, 4), "two": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))}
+        theirs = {name: type(optimizers[name])(one.parameters(), lr=0.5) for name, one in plain.items()}
+        with Handler(plain, theirs, extra={"numbers": Numbers(0)}) as handler:
+            handler.load(folder / "divided")
+
+        assert equal(whole(modules), whole(plain)) and equal(whole(optimizers), whole(theirs))
+        assert theirs["one"].param_groups[0]["lr"] == 0.1
+
+    def test_undivided_into_divided(self, tmp_path):
+        """A divided run takes a plain run's file, whose optimizer state is by numbers."""
+        plain = nn.Linear(4, 4)
+        plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=0.3)
+        plain(torch.ones(2, 4)).sum().backward()
+        plain_optimizer.step()
+        with Handler(plain, plain_optimizer) as handler:
+            handler.save(tmp_path / "plain.pt")
+        module = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(module.parameters())
+        with Handler(module, optimizer) as handler:
+            handler.load(tmp_path / "plain.pt")
+
+        assert equal(whole({"": plain}), whole({"": module}))
+        assert equal(whole({"": plain_optimizer}), whole({"": optimizer}))
+        assert optimizer.param_groups[0]["lr"] == 0.3
+
+    def test_plain_torch(self, trained):
+        """Plain torch opens the whole file, and plain modules take it."""
+        modules, _, folder = trained
+        state = torch.load(folder / "whole.pt", weights_only=True)
+        plain = nn.Linear(4, 4)
+        plain.load_state_dict(state["module"]["one"])
+
+        assert torch.equal(plain.weight, modules["one"].weight.full_tensor())
+        assert all(type(one) is torch.Tensor for one in trainbus.load(folder / "weights.pt")["one"].values())
+
+
+class TestRefused:
+    def test_other_shape(self, trained):
+        """A model of another width is refused before anything has changed."""
+        _, _, folder = trained
+        others, their_optimizers = build(seed=1, width=5)
+        before = whole(others)
+        with (
+            Handler(others, their_optimizers, extra={"numbers": Numbers(0)}) as handler,
+            pytest.raises(StateMismatchError, match=r"Cannot load module\.one\.weight .*\(4, 4\) there"),
+        ):
+            handler.load(folder / "divided")
+
+        assert equal(before, whole(others))
+
+    def test_other_parts(self, trained):
+        """A run with other parts than the folder is refused before anything has changed."""
+        _, _, folder = trained
+        others, their_optimizers = build(seed=1)
+        before = whole(others)
+        with (
+            Handler(others, their_optimizers) as handler,
+            pytest.raises(StateMismatchError, match=r"Cannot load extra\['numbers'\]"),
+        ):
+            handler.load(folder / "divided")
+
+        assert equal(before, whole(others))
+
+    @pytest.mark.parametrize("name", ["divided", "whole.pt", "weights", "weights.pt"])
+    def test_missing_names(self, trained, name, caplog):
+        """A layer that the checkpoint has not is refused; with strict=False it stays, and is named."""
+        modules, _, folder = trained
+        others, _ = build(seed=1)
+        others["two"] = fully_shard(
+            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
+            mesh=init_device_mesh("cpu", (1,)),
+        )
+        added = others["two"][2].weight.full_tensor().clone()
+        with Handler(others) as handler:
+            with pytest.raises(StateMismatchError, match=r"2\.weight"):
+                handler.load(folder / name, only=("module",))
+            handler.load(folder / name, only=("module",), strict=False)
+
+        assert equal(whole({"": modules["two"][0]}), whole({"": others["two"][0]}))
+        assert torch.equal(added, others["two"][2].weight.full_tensor())
+        assert "2.weight, 2.bias, which the file has not" in caplog.text
+
+    def test_damaged(self, trained):
+        """A damaged part is found before anything has changed."""
+        _, _, folder = trained
+        others, their_optimizers = build(seed=1)
+        before = whole(others)
+        with open(folder / "divided/__0_0.distcp", "r+b") as file:
+            file.seek(50)
+            file.write(b"damage")
+        with (
+            Handler(others, their_optimizers) as handler,
+            pytest.raises(CheckpointCorruptError, match="__0_0"),
+        ):
+            handler.load(folder / "divided", only=("module",))
+
+        assert equal(before, whole(others))
+
+    @pytest.mark.parametrize("on_busy", ["skip", "replace"])
+    def test_on_busy(self, on_busy):
+        """Each rank alone cannot know whether all have room."""
+        with pytest.raises(ValueError, match="on_busy must be 'wait' where the state is divided among ranks"):
+            Handler(*build(), max_pending=2, on_busy=on_busy)
+
+    def test_divided_too_late(self):
+        """A handler that was made before fully_shard says so when training begins."""
+        module = nn.Linear(4, 4)
+        with Handler(module) as handler:
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+            with pytest.raises(UnsavableStateError, match=r"make the Handler after fully_shard\(module\)"):
+                handler.check()
+
+
+class TestSave:
+    def test_before_the_first_step(self, tmp_path):
+        """A save changes nothing: an optimizer without a state keeps none, also through a load."""
+        modules, optimizers = build()
+        with Handler(modules, optimizers) as handler:
+            handler.save(tmp_path / "fresh")
+            assert not optimizers["one"].state
+            train(handler, modules, optimizers)
+            handler.load(tmp_path / "fresh")
+
+        assert not optimizers["one"].state
+
+    def test_amid_forward_and_backward(self, tmp_path):
+        """A save between a forward and a backward pass, when FSDP2 holds whole weights, is as any other."""
+        modules, optimizers = build()
+        with Handler(modules, optimizers) as handler:
+            loss = modules["one"](torch.ones(2, 4)).sum()
+            handler.save(tmp_path / "a")
+            loss.backward()
+
+        assert trainbus.load(tmp_path / "a")["optimizer"]["one"]["param_groups"][0]["params"] == [
+            "one.weight",
+            "one.bias",
+        ]
+
+    def test_model_checkpoint(self, tmp_path):
+        """ModelCheckpoint, its events, retention and resume work on folders."""
+        saved, removed = [], []
+        modules, optimizers = build()
+        with Handler(modules, optimizers) as handler:
+            handler.add_callback(ModelCheckpoint(tmp_path / "{global_step}", save_freq=1, keep=KeepLast(1)))
+            handler.on("checkpoint_saved", lambda path: saved.append(os.path.basename(path)))
+            handler.on("checkpoint_removed", lambda path: removed.append(os.path.basename(path)))
+            train(handler, modules, optimizers)
+        assert saved == ["1", "2", "3"] and removed == ["1", "2"]
+        (found,) = CheckpointFolder(tmp_path)
+        assert found.is_sharded and trainbus.verify(found.path).global_step == 3
+        assert handler.checkpoint_stats().saves == 3
+
+        others, their_optimizers = build(seed=1)
+        with Handler(others, their_optimizers) as handler:
+            handler.add_callback(ModelCheckpoint(tmp_path / "{global_step}", save_freq=1, keep=KeepLast(1)))
+            assert handler.resume(tmp_path).global_step == 3
+            assert equal(whole(modules), whole(others))
+
+    def test_whole_by_model_checkpoint(self, tmp_path):
+        """With full_state it writes files."""
+        modules, optimizers = build()
+        with Handler(modules, optimizers) as handler:
+            handler.add_callback(ModelCheckpoint(tmp_path / "last.pt", full_state=True))
+            train(handler, modules, optimizers)
+
+        assert os.path.isfile(tmp_path / "last.pt") and trainbus.verify(tmp_path / "last.pt").global_step == 3
+
+    def test_full_disk(self, tmp_path):
+        """A disk that refuses fails the save with its number, and the checkpoint before is whole."""
+        modules, optimizers = build()
+        with Handler(modules, optimizers) as handler:
+            handler.save(tmp_path / "a")
+            with FaultyDisk(errno.ENOSPC, calls=["fsync"], times=math.inf):
+                with pytest.raises(
+                    CheckpointWriteError, match=r"rank 0: \[Errno 28\] No space left"
+                ) as caught:
+                    handler.save(tmp_path / "a")
+
+        assert caught.value.errno == errno.ENOSPC
+        trainbus.verify(tmp_path / "a")
+
+    @pytest.mark.parametrize("full_state", [False, True])
+    def test_state_that_cannot_be_saved(self, tmp_path, full_state):
+        """What cannot be collected fails the save, with the place in the state."""
+        modules, optimizers = build()
+        numbers = Numbers(0)
+        numbers.value = object()
+        with (
+            Handler(modules, optimizers, extra={"numbers": numbers}) as handler,
+            pytest.raises(
+                CheckpointWriteError,
+                match=r"(?s)it failed on rank 0: .*state\['extra'\]\['numbers'\]\['value'\]",
+            ),
+        ):
+            handler.save(tmp_path / "a", full_state=full_state)
+
+        assert os.listdir(tmp_path) == []
