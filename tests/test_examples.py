@@ -20,7 +20,7 @@ LENGTHS = {
     "plain_loop.py": ("4", "2"),
     "steps.py": ("40", "23"),
 }
-OTHERS = {"ddp.py", "early_stopping.py", "fake_events.py"}  # the first is run in tests/distributed
+OTHERS = {"ddp.py", "fsdp.py", "early_stopping.py", "fake_events.py"}  # two are run in tests/distributed
 
 
 @pytest.fixture

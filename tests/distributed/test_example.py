@@ -1,4 +1,4 @@
-"""The example for several processes runs under torchrun as its page says."""
+"""The examples for several processes run under torchrun as their pages say."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parent.parent.parent / "docs/examples/ddp.py"
+EXAMPLES = Path(__file__).parent.parent.parent / "docs/examples"
 
 
 @pytest.mark.full
-def test_goes_on_exactly(torchrun, tmp_path):
+@pytest.mark.parametrize("name", ["ddp.py", "fsdp.py"])
+def test_goes_on_exactly(torchrun, tmp_path, name):
     """Run in two parts it says, digit for digit, what it says in one; finished, it does little."""
 
     def say(epochs: int, folder: str) -> list[str]:
         place = tmp_path / folder
         place.mkdir(exist_ok=True)
-        printed = torchrun(2, EXAMPLE, epochs, cwd=place)
+        printed = torchrun(2, EXAMPLES / name, epochs, cwd=place)
         assert "Error" not in printed, printed
         return [line for line in printed.splitlines() if line.startswith("epoch ")]
 

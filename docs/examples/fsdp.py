@@ -1,0 +1,73 @@
+"""
+FSDP2. Kill any of its processes, run it again, and all ranks go on at the very batch, also fewer or more.
+
+    torchrun --standalone --nproc-per-node 2 fsdp.py         # 4 epochs
+    torchrun --standalone --nproc-per-node 2 fsdp.py 6       # 2 more
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from trainbus import Handler
+from trainbus_callbacks import KeepLast, ModelCheckpoint, Preemption
+
+epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 4
+
+gpus = torch.cuda.is_available()
+dist.init_process_group("nccl" if gpus else "gloo")
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+if gpus:
+    torch.cuda.set_device(device)
+
+torch.manual_seed(0)  # the same data and the same first weights everywhere
+inputs = torch.randn(256, 8)
+data = TensorDataset(inputs, inputs.sin().sum(1, keepdim=True))
+train_loader = DataLoader(data, batch_size=16, sampler=DistributedSampler(data))
+val_loader = DataLoader(data, batch_size=64, sampler=DistributedSampler(data, shuffle=False))
+
+layers = torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(32, 1)
+model = torch.nn.Sequential(*layers).to(device)
+mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+fully_shard(model[0], mesh=mesh)
+fully_shard(model, mesh=mesh)  # from here on each rank holds its part of every parameter
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+torch.manual_seed(1 + dist.get_rank())  # another dropout on each rank
+
+# From here on there is no `if rank == 0`: each rank makes the same calls and writes its part.
+with Handler(model, optimizer) as handler:
+    handler.add_callback(ModelCheckpoint("run/{global_step:06d}", save_freq=5, keep=KeepLast(2)))
+    handler.add_callback(ModelCheckpoint("run/best", monitor="val_loss", save_best_only=True))
+    handler.add_callback(Preemption("run/preempted"))
+    handler.resume("run")
+
+    @handler.on("epoch_end")
+    def report(epoch, logs):
+        if handler.rank == 0:  # what is no save may well be under one
+            print(f"epoch {epoch + 1}: val_loss {logs['val_loss']:.6f}")
+
+    for _ in handler.epochs(epochs):
+        model.train()
+        for x, y in handler.batches(train_loader):
+            loss = mse_loss(model(x.to(device)), y.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            handler.log(loss=loss)
+
+        model.eval()
+        with torch.no_grad():
+            for x, y in handler.val_batches(val_loader):
+                handler.log(loss=mse_loss(model(x.to(device)), y.to(device)))
+
+    # All weights in one file, for whoever has no use for the parts.
+    handler.save("run/weights.pt", weights_only=True, full_state=True)
+
+dist.destroy_process_group()
