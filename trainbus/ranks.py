@@ -26,6 +26,7 @@ __all__ = [
     "gather_to_first",
     "join",
     "rank",
+    "separate_group",
     "timeout",
     "together",
     "world_size",
