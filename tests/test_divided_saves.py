@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import trainbus
-from trainbus import CheckpointFolder, CheckpointWriteError, Handler
+from trainbus import CheckpointFolder, CheckpointWriteError, Handler, ranks
 from trainbus.errors import CheckpointCorruptError, StateMismatchError, UnsavableStateError
 from trainbus.testing import FaultyDisk
 from trainbus_callbacks import KeepLast, ModelCheckpoint
@@ -64,6 +66,29 @@ def train(handler, modules, optimizers, epochs=1):
             for optimizer in optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad()
+
+
+class TestGroup:
+    def test_ends_with_the_handler(self, monkeypatch, tmp_path):
+        """The group that was made for the saves is gone once the handler is closed, also twice."""
+        made = []
+
+        def separate_group(seconds):
+            made.append(weakref.ref(real(seconds)))
+            return made[0]()
+
+        real = ranks.separate_group
+        modules, optimizers = build()
+        monkeypatch.setattr(ranks, "separate_group", separate_group)
+        kept = dist.group.WORLD
+        with Handler(modules, optimizers) as handler:
+            handler.save(tmp_path / "a")
+            assert made[0]() is not None
+        handler.close()
+        gc.collect()
+
+        assert made[0]() is None
+        assert dist.group.WORLD is kept
 
 
 def whole(state):

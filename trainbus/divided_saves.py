@@ -53,7 +53,7 @@ class DividedSaves:
                 f"on_busy must be 'wait' where the state is divided among ranks, got {on_busy!r}: each rank "
                 "would find its own disk busy or not. Use max_pending=2 to let saves wait in memory."
             )
-        self._group = ranks.separate_group(patience)
+        self._group: Any = ranks.separate_group(patience)
         self._saver = ShardedSaver(self._group, max_pending=max_pending, device_snapshot=device_snapshot)
 
     @property
@@ -109,11 +109,13 @@ class DividedSaves:
         return state, manifest
 
     def close(self) -> None:
-        """Wait for the saves under way and let go of the group."""
+        """Wait for the saves under way and let go of the group. May be called again."""
         self._saver.close()
-        # It may be gone already, with the default group.
-        with contextlib.suppress(RuntimeError, ValueError, AssertionError):
-            dist.destroy_process_group(self._group)
+        group, self._group = self._group, None
+        if group is not None:
+            # It may be gone already, with the default group.
+            with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+                dist.destroy_process_group(group)
 
 
 def gathered(collect: Callable[[], Any]) -> Callable[[], Any]:

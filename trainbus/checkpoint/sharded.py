@@ -37,7 +37,7 @@ from trainbus.checkpoint.sharded_writer import WHOLE, Failure, Shard, ShardPlann
 from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.checkpoint.temporary import Sweeper
-from trainbus.errors import RankFailedError
+from trainbus.errors import HandlerClosedError, RankFailedError
 
 __all__ = ["ShardedSaver", "collect_sharded", "restore_sharded"]
 
@@ -65,7 +65,7 @@ class ShardedSaver:
     ) -> None:
         if max_pending < 1:
             raise ValueError(f"max_pending must be at least 1, got {max_pending!r}.")
-        self._group = group
+        self._group: torch.distributed.ProcessGroup | None = group
         self._max_pending = max_pending
         self._stager = Stager(StagingMemory(max_pending), device_snapshot=device_snapshot)
         self._writers = ChunkWriters()
@@ -104,7 +104,14 @@ class ShardedSaver:
             A future of what the checkpoint says of itself, on every rank the same; done means durable.
             It fails with `RankFailedError`, on every rank with the same, if the save failed on any; the
             old checkpoint is untouched then, unless the message says that the new one is there.
+
+        Raises:
+            HandlerClosedError: It is closed.
         """
+        if self._group is None:
+            raise HandlerClosedError(
+                f"Cannot save {os.fspath(path)!r}: the writer is closed. Save before that."
+            )
         self._wait_for_room()
         self._writers.start()
         snapshots = _SnapshotStager(self._stager, self._items, previous=self._last)
@@ -139,8 +146,10 @@ class ShardedSaver:
         wait(self._unfinished)
 
     def close(self) -> None:
-        """Do what `wait` does, and end the threads."""
+        """Do what `wait` does, end the threads, and let go of the group. Nothing can be saved any more."""
         self.wait()
+        # One that is held until the interpreter ends may take the process down with it.
+        self._group = None
         self._stager.thread.close()
         self._writers.close()
         self._forget_cache()
