@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import datetime
 import errno
+import gc
 import json
 import math
 import os
@@ -198,6 +199,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         print("RESULTS " + json.dumps(results), flush=True)
     dist.destroy_process_group()
+    # Errors and what they came from hold each other, and a group; one left to the end may abort the process.
+    gc.collect()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -64,6 +65,7 @@ def main(folder: str) -> None:
             files = sum(name.endswith(".distcp") for name in os.listdir(f"{folder}/{layout}"))
             print(f"{layout}: {equal}, {files} files", flush=True)
     dist.destroy_process_group()
+    gc.collect()  # a group that is left to the interpreter's end may abort the process
 
 
 if __name__ == "__main__":
