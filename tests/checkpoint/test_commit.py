@@ -104,6 +104,26 @@ class TestCommit:
 
         assert os.listdir(tmp_path) == []
 
+    def test_room_is_given_back(self, tmp_path):
+        """
+        A finished file takes no room behind its end, whatever was claimed for it before.
+        """
+
+        class Generous(Disk):
+            def allocate(self, fd: int, size: int) -> bool:
+                return super().allocate(fd, size + (32 << 20))
+
+        commit(
+            tmp_path / "a.pt",
+            MANIFEST,
+            lambda stream: torch.save(bytes(17 << 20), stream),
+            disk=Generous(),
+            at_least=17 << 20,
+        )
+
+        status = os.stat(tmp_path / "a.pt")
+        assert 17 << 20 < status.st_size <= status.st_blocks * 512 < 18 << 20
+
     @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt("mine")])
     def test_serializer_fails(self, tmp_path, error):
         """

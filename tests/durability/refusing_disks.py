@@ -268,3 +268,12 @@ def without_bypass(folder: str, kind: str, mebibytes: int) -> dict[str, Any]:
         except OSError:
             refuses = True
         return {"refuses": refuses, "refused": save(f"{path}/a.pt", NEW, mebibytes), **look(path)}
+
+
+def room_of(folder: str, kind: str, mebibytes: int) -> dict[str, int]:
+    """Save once and return the bytes of the file and those of the disk that it takes."""
+    take_own_mounts()
+    with some_file_system(kind, folder) as path:
+        assert save(f"{path}/a.pt", NEW, mebibytes) is None
+        status = os.stat(f"{path}/a.pt")
+        return {"size": status.st_size, "room": status.st_blocks * 512}

@@ -156,3 +156,14 @@ class TestNoBypass:
         assert outcome["refuses"] is refuses or refuses is None
         assert outcome["refused"] is None
         assert outcome["files"] == {"a.pt": NEW}
+
+
+class TestRoom:
+    @pytest.mark.full
+    @pytest.mark.parametrize("mebibytes", [1, 20, 33])
+    @pytest.mark.parametrize("kind", ["tmpfs", "ext4", "xfs"])
+    def test_no_more_than_bytes(self, ask, tmp_path, kind, mebibytes):
+        """A saved file takes as much of the disk as it is long, also where the disk claims room ahead."""
+        outcome = ask("refusing_disks.room_of", folder=str(tmp_path), kind=kind, mebibytes=mebibytes)
+
+        assert 0 <= outcome["room"] - outcome["size"] < 1 << 16

@@ -109,8 +109,7 @@ def _write(
     at_least: int,
 ) -> Manifest:
     try:
-        if at_least >= CHUNK_BYTES:
-            disk.allocate(fd, at_least)
+        claimed = at_least >= CHUNK_BYTES and disk.allocate(fd, at_least)
         with OutputStream(fd, disk, writers) as stream:
             try:
                 serialize(cast(BinaryIO, stream))
@@ -119,6 +118,8 @@ def _write(
                     raise
                 raise stream.error from error
             final = stream.finish(manifest)
+        if claimed:
+            disk.trim(fd)
         disk.fsync(fd)
     except BaseException:
         _close_quietly(disk, fd)
