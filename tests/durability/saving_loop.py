@@ -204,13 +204,15 @@ class Promises:
         problems.append(self._look_at_newest(folder))
         return [problem for problem in problems if problem]
 
-    def forget_new(self, folder: str) -> None:
-        """Remove the files that nothing else removes."""
+    def forget_leftovers(self, folder: str) -> None:
+        """Remove the files that nothing else removes, or they would fill the disk."""
+        newest = CheckpointFolder(folder).latest()
+        first_removed = newest.manifest.global_step + 1 - KEEP if newest is not None else 0
         for name in os.listdir(folder):
-            if name.startswith("new-"):
+            kind, _, number = name.removesuffix(".pt").partition("-")
+            if kind == "new" or (kind == "step" and int(number) < first_removed):
                 os.unlink(os.path.join(folder, name))
-        for name in [name for name in self._saved if name.startswith("new-")]:
-            del self._saved[name]
+                self._saved.pop(name, None)
 
     def _look_at(self, folder: str, name: str) -> str:
         try:
@@ -288,7 +290,7 @@ def killed(folder: str, times: int, mebibytes: int = 0) -> dict[str, Any]:
         swept = any(what == "saved" for what, *_ in told)
         if left > 1 + (0 if swept else before):
             problems.append(f"{left} unfinished files are left")
-        promises.forget_new(folder)
+        promises.forget_leftovers(folder)
         saves += count_saves(told)
     return {"problems": problems, "saves": saves}
 
@@ -317,6 +319,6 @@ def powered_off(
             promises.hear(told)
             problems += promises.broken_in(volume.path)
             unfinished(volume.path)
-            promises.forget_new(volume.path)
+            promises.forget_leftovers(volume.path)
             saves += count_saves(told)
     return {"problems": problems, "saves": saves, "cuts": cuts}
