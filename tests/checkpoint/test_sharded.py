@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -180,6 +181,26 @@ class TestSave:
 
         assert info.value.errno == errno.EIO
         assert trainbus.load(tmp_path / "a")["a"].sum() == 3
+
+    def test_failure_of_torch_keeps_nothing(self, saver, tmp_path, monkeypatch):
+        """An error of torch's engine comes as one that does not keep alive what the engine had in hand."""
+        kept = []
+
+        def break_off(*args, **options):
+            in_hand = threading.Event()
+            kept.append(weakref.ref(in_hand))
+            raise RuntimeError("the connection is gone")
+
+        monkeypatch.setattr(dist, "broadcast_object_list", break_off)
+        monkeypatch.setattr(dist, "gather_object", break_off)
+        monkeypatch.setattr(dist, "all_gather_object", break_off)
+        monkeypatch.setattr(dist, "scatter_object_list", break_off)
+        failed = saver.save(tmp_path / "a", {"x": torch.zeros(3)}, manifest)
+
+        with pytest.raises(RankFailedError, match="the connection is gone") as info:
+            failed.result(WAIT)
+        assert info.value.__cause__ is not None
+        assert kept and not any(one() for one in kept)
 
     def test_state_that_cannot_be_copied(self, saver, tmp_path):
         """What keeps a state from being copied comes out of the future, where all ranks hear of it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -289,6 +290,8 @@ def _manifest_of(upload: Future[Any]) -> Manifest:
         if isinstance(outcome, Manifest):
             return outcome
         raise outcome.error()
+    # A frame that the error keeps holds the group, beyond its end here.
+    traceback.clear_frames(error.__traceback__)
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
         raise Failure.of(rank, cause).error() from error
