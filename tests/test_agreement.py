@@ -178,6 +178,39 @@ class TestMeet:
         assert everyone[0].posted == [("checkpoint_saved", {"save": everyone[0].save})]
 
 
+class TestGive:
+    def test_room(self, together):
+        """Rank 0 gets the part of each rank, in their order, and the others nothing; they meet once."""
+        given = {}
+
+        def do(rank):
+            given[rank.number] = rank.agreement.give(rank.number * 10, lambda seconds: True)
+
+        _, met = together(do, size=3)
+
+        assert given == {0: [0, 10, 20], 1: None, 2: None}
+        assert met == ["handler.save or save_async"]
+
+    def test_no_room(self, together, monkeypatch):
+        """While rank 0 has no room for a save, the others hear of it, again and again."""
+        monkeypatch.setattr(ranks, "_timeout", 8.0)
+        waits, given = [], {}
+
+        def do(rank):
+            def wait_for_room(seconds):
+                assert rank.number == 0
+                waits.append(seconds)
+                return len(waits) == 4
+
+            given[rank.number] = rank.agreement.give("part", wait_for_room)
+
+        _, met = together(do)
+
+        assert given == {0: ["part"] * 2, 1: None}
+        assert waits == [0.0, 2.0, 2.0, 2.0]
+        assert met == ["handler.save or save_async"] * 4
+
+
 class TestWaiting:
     def test_finish(self, together, monkeypatch):
         """The others wait for rank 0's disk, longer than ranks wait for each other, and hear the news."""

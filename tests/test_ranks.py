@@ -76,7 +76,7 @@ class TestAlone:
         monkeypatch.delenv("RANK", raising=False)
 
         assert not ranks.together()
-        assert ranks.gather({"a": 1}) == ranks.gather_to_first({"a": 1}) == [{"a": 1}]
+        assert ranks.gather({"a": 1}) == [{"a": 1}]
         assert ranks.agree("x") == ranks.decide(lambda: "x") == "x"
 
     def test_launcher_without_a_group(self, monkeypatch):
@@ -85,7 +85,7 @@ class TestAlone:
         monkeypatch.setenv("WORLD_SIZE", "2")
         ranks.join()
 
-        assert (ranks.gather("x"), ranks.gather_to_first("x")) == (["x"], None)
+        assert ranks.gather("x") == ["x"]
 
 
 class TestTogether:
@@ -95,13 +95,6 @@ class TestTogether:
 
         assert ranks.gather("one", "the test") == ["zero", "one", "two"]
         assert table.met == ["the test"]
-
-    def test_gather_to_first(self, meet):
-        """Rank 0 alone gets them."""
-        meet(0, "one")
-        assert ranks.gather_to_first("zero") == ["zero", "one"]
-        meet(1, "zero")
-        assert ranks.gather_to_first("one") is None
 
     def test_agree(self, meet):
         """Rank 0's value is everybody's."""

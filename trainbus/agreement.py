@@ -131,6 +131,28 @@ class Agreement:
             self._stop(reasons[0])
         self._take_news(words[0].news)
 
+    def give(self, part: Any, wait_for_room: Callable[[float], bool]) -> list[Any] | None:
+        """
+        Give rank 0 this rank's *part* of a save, and return when there is room for it there. Collective.
+
+        Args:
+            part: Anything that can be pickled.
+            wait_for_room: Called on rank 0, waits so many seconds at most and tells whether there is.
+
+        Returns:
+            Every rank's part, in order of rank, on rank 0; None on the others.
+        """
+        what = "handler.save or save_async"
+        given: list[Any] = []
+
+        def answer(parts: list[bytes]) -> bytes:
+            given.extend(map(pickle.loads, parts))
+            return b"" if wait_for_room(0.0) else b"wait"
+
+        if ranks.exchange(what, pickle.dumps(part), answer):
+            self._wait_for_first(wait_for_room, what)
+        return given or None
+
     def finish(self, flush: Callable[[float | None], None], timeout: float | None = None) -> None:
         """
         Return when rank 0 has written what was asked for, and all ranks know of it. Collective.
@@ -185,7 +207,7 @@ class Agreement:
         return manifest  # type: ignore[no-any-return]
 
     def _wait_for_first(self, wait: Callable[[float], Any], what: str) -> Any:
-        """Call *wait* on rank 0 until it returns something true; return that on all ranks."""
+        """Call *wait* on rank 0 until it returns something true; return that on all ranks. Collective."""
         # A disk may take longer than the ranks wait for each other, so they hear of it again and again.
         seconds = min(_SLICE, ranks.timeout() / 4)
         while not (result := ranks.decide(lambda: wait(seconds), what)):

@@ -23,7 +23,6 @@ __all__ = [
     "decide",
     "exchange",
     "gather",
-    "gather_to_first",
     "join",
     "rank",
     "separate_group",
@@ -142,24 +141,6 @@ def gather(value: T, what: str = "gather()") -> list[T]:
         return [value]
     values = _table().exchange(what, pickle.dumps(value), pickle.dumps)
     return [pickle.loads(one) for one in pickle.loads(values)]
-
-
-def gather_to_first(value: T, what: str = "gather_to_first()") -> list[T] | None:
-    """
-    Return every rank's *value*, in order of rank, on rank 0, and None on the others.
-
-    Collective, see `agree`.
-    """
-    if not together():
-        return [value] if rank() == 0 else None
-    gathered: list[bytes] = []
-
-    def keep(words: list[bytes]) -> bytes:
-        gathered.extend(words)
-        return b""
-
-    _table().exchange(what, pickle.dumps(value), keep)
-    return [pickle.loads(one) for one in gathered] if rank() == 0 else None
 
 
 def exchange(what: str, mine: bytes, answer: Callable[[list[bytes]], bytes]) -> bytes:

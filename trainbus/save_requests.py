@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -207,7 +208,7 @@ class SaveRequests:
         given = None
         if self._is_shared(accepted.request):
             part = {} if accepted.weights_only else rank_parts.give(self._moments.collect())
-            given = ranks.gather_to_first(part, "handler.save or save_async")
+            given = self._agreement.give(part, functools.partial(self._saver.wait_for_room, accepted.pending))
             self._agreement.expect(accepted.pending)
         if self._divided is not None and not accepted.request.full_state:
             self._write_together(accepted, given, self._divided)

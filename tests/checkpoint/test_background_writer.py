@@ -376,6 +376,33 @@ class TestAdmit:
 
         assert writer.unfinished == saves
 
+    def test_wait_for_room(self, make, gates):
+        """
+        Waiting for room ends with the time given, or at once when there is some.
+        """
+        writer = make()
+        assert writer.wait_for_room(0.0)
+        first = save(writer, "a.pt", gates[0])
+
+        assert not writer.wait_for_room(0.0)
+        assert not writer.wait_for_room(0.01)
+        gates[0].open.set()
+        assert writer.wait_for_room(WAIT)
+        assert first.done()
+
+    def test_no_room_is_waited_for(self, make, gates):
+        """
+        A writer that skips saves, or is closed, has nobody wait for room.
+        """
+        skipping, closed = make(on_busy="skip"), make()
+        save(skipping, "a.pt", gates[0])
+        save(closed, "b.pt", gates[0])
+        with pytest.raises(TimeoutError):
+            closed.close(timeout=0.01)
+
+        assert skipping.wait_for_room() and closed.wait_for_room()
+        gates[0].open.set()
+
     def test_skip(self, make, reports, gates):
         """
         With "skip" a save that finds the writer busy is not carried out, and says so.

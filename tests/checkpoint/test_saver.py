@@ -446,19 +446,19 @@ class TestWaitingForRoom:
 
         def slow(training: Training) -> None:
             asked = threading.Semaphore(0)
-            admit, commit = training.saver.writer.admit, saver.commit
+            wait, commit = training.saver.writer.wait_for_room, saver.commit
 
-            def admit_and_tell(pending: PendingSave) -> bool:
+            def tell_and_wait(timeout: float | None) -> bool:
                 if training.saver.writer.unfinished:
                     asked.release()
-                return admit(pending)
+                return wait(timeout)
 
             def commit_late(*args: Any, **options: Any) -> Manifest:
                 assert asked.acquire(timeout=WAIT)
                 clock.now += 5
                 return commit(*args, **options)
 
-            monkeypatch.setattr(training.saver.writer, "admit", admit_and_tell)
+            monkeypatch.setattr(training.saver.writer, "wait_for_room", tell_and_wait)
             monkeypatch.setattr(saver, "commit", commit_late)
             slow.last = asked.release
 
@@ -613,17 +613,22 @@ class TestTimes:
 
     def test_waiting(self, train, clock):
         """
-        A save that had to wait for room knows how long.
+        A save that had to wait for room knows how long, and since when, also if it was waited for before.
         """
         training = train()
+        pending = PendingSave(str(training.folder / "a.pt"))
+        clock.now = 10
 
-        def admit(pending: PendingSave) -> bool:
+        def wait_for_room(timeout: float | None = None) -> bool:
             clock.now += 4
-            return False
+            return timeout is None
 
-        training.saver.writer.admit = admit
+        training.saver.writer.wait_for_room = wait_for_room
+        assert not training.saver.wait_for_room(pending, 3.0)
+        training.saver.save(pending, training.state, lambda: MANIFEST)
 
-        assert training.save().times.waiting == training.saver.lost.waiting == 4
+        assert pending.times.waiting == training.saver.lost.waiting == 8
+        assert pending.times.taken == 10
 
     def test_on_the_writer(self, train):
         """

@@ -95,6 +95,15 @@ class TestFailedSave:
         assert "No space left" in told[0]["error"] and told[0]["step"] == told[1]["step"] == 1
 
 
+class TestSlowDisk:
+    def test_longer_than_ranks_wait(self, train, tmp_path):
+        """Rank 0's disk takes longer than the ranks wait for each other: all wait, and nothing fails."""
+        told = train("slow_disk", 2, rank=0, timeout=2)
+
+        assert [one["error"] for one in told.values()] == [None, None]
+        assert sorted(os.listdir(tmp_path / "run")) == ["2.pt", "4.pt", "6.pt"]
+
+
 class TestDecisions:
     def test_one(self, train, tmp_path):
         """A metric, a clock and a predicate that differ by rank: rank 0 decides, all save the same."""

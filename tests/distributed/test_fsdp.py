@@ -107,6 +107,15 @@ def test_other_layouts(torchrun, tmp_path):
     assert "both: [True, True], 4 files" in printed
 
 
+class TestSlowDisk:
+    def test_longer_than_ranks_wait(self, train_fsdp, tmp_path):
+        """A rank's disk takes longer than the ranks wait for each other: all wait, and nothing fails."""
+        told = train_fsdp("slow_disk", 2, rank=1, timeout=2)
+
+        assert [one["error"] for one in told.values()] == [None, None]
+        assert sorted(os.listdir(tmp_path / "run")) == ["2.pt", "4.pt", "6.pt"]
+
+
 class TestFailedSave:
     @pytest.mark.parametrize(("rank", "at"), [(0, 6), (1, 2)])
     def test_full_disk(self, train_fsdp, tmp_path, rank, at):

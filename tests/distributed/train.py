@@ -149,6 +149,14 @@ def full_disk(run: Run, args) -> None:
     run.train(3)
 
 
+def slow_disk(run: Run, args) -> None:
+    """Let a rank's disk take twice as long for a sync as the ranks wait for each other."""
+    run.handler.add_callback(ModelCheckpoint(run.folder / "{global_step}.pt", save_freq=2))
+    if run.rank == args.rank:
+        FaultyDisk(calls=["fsync"], seconds=2 * args.timeout).__enter__()
+    run.train(1)
+
+
 def full_disk_save(run: Run, args) -> None:
     """The same, with a save that is waited for."""
     if run.rank == 0:

@@ -150,6 +150,17 @@ class BackgroundWriter:
         self._skip(pending, f"{self._max_pending} earlier save(s) were unfinished and on_busy is 'skip'")
         return False
 
+    def wait_for_room(self, timeout: float | None = None) -> bool:
+        """
+        Wait until `admit` would not block, *timeout* seconds at most; return whether that is so.
+
+        It is at once when the writer is closed or stuck, and unless ``on_busy`` is ``"wait"``.
+        """
+        with self._changed:
+            self._look_after_thread()
+            blocks = self._is_full() and self._on_busy == "wait" and not self._closed
+            return not blocks or self._wait_until(lambda: not self._is_full(), timeout)
+
     def submit(
         self,
         pending: PendingSave,

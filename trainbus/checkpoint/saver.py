@@ -123,9 +123,8 @@ class Saver:
             optimizers: Those whose next step nothing but forward and backward passes comes before.
         """
         assert pending.path is not None
-        with record_function("trainbus: wait for room"):
-            if not self._admit(pending):
-                return
+        if not self._admit(pending):
+            return
         begun = time.monotonic()
         try:
             with record_function("trainbus: snapshot"), collector.paused():
@@ -179,8 +178,7 @@ class Saver:
             find_removals: As for `save`.
         """
         self._last_progress_elsewhere = last_progress
-        with record_function("trainbus: wait for room"):
-            admitted = self._admit(pending)
+        admitted = self._admit(pending)
         begun = time.monotonic()
         future = begin()
         seconds = pending.times.copying = time.monotonic() - begun
@@ -218,22 +216,33 @@ class Saver:
             if self._lower_fence is not None:
                 self._lower_fence()
 
-    def _admit(self, pending: PendingSave) -> bool:
-        begun = pending.times.taken = time.monotonic()
+    def wait_for_room(self, pending: PendingSave, timeout: float | None = None) -> bool:
+        """
+        Wait until *pending* would be taken at once, *timeout* seconds at most; return whether it would.
+
+        `save` and `follow` wait by themselves; this is for who must not be silent for as long as that takes.
+        """
+        begun = time.monotonic()
+        pending.times.taken = pending.times.taken or begun
         self._stop_touching.set()
         self._touched.wait()
-        try:
-            return self.writer.admit(pending)
-        finally:
-            seconds = pending.times.waiting = time.monotonic() - begun
-            self.lost.waiting += seconds
-            if seconds >= WORTH_A_WORD and not self._said_that_it_waited:
-                self._said_that_it_waited = True
-                _log.warning(
-                    "A save waited %.2f s for the one before it to be written, and training with it. Save "
-                    "less often, let saves wait in memory (max_pending=2) or skip some (on_busy='skip').",
-                    seconds,
-                )
+        with record_function("trainbus: wait for room"):
+            has_room = self.writer.wait_for_room(timeout)
+        seconds = time.monotonic() - begun
+        pending.times.waiting += seconds
+        self.lost.waiting += seconds
+        return has_room
+
+    def _admit(self, pending: PendingSave) -> bool:
+        self.wait_for_room(pending)
+        if pending.times.waiting >= WORTH_A_WORD and not self._said_that_it_waited:
+            self._said_that_it_waited = True
+            _log.warning(
+                "A save waited %.2f s for the one before it to be written, and training with it. Save "
+                "less often, let saves wait in memory (max_pending=2) or skip some (on_busy='skip').",
+                pending.times.waiting,
+            )
+        return self.writer.admit(pending)
 
     def _take(self, state: Any, optimizers: Sequence[Any], times: SaveTimes) -> Snapshot:
         owned = fence.owned_tensors(optimizers) if optimizers and self._may_overlap() else None
