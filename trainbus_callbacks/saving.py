@@ -1,4 +1,4 @@
-"""ModelCheckpoint: decides when to save, under which name and whether it is the best. Asks, never writes."""
+"""ModelCheckpoint: asks at the right moments whether to save, and the handler to do it. Never writes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from trainbus import ranks
@@ -17,32 +16,16 @@ from trainbus.checkpoint.retention import Retention
 from trainbus.errors import PayloadError
 from trainbus_callbacks.arguments import checked_keep
 from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, is_comparable, resolve_mode
-from trainbus_callbacks.earlier_runs import reconcile, warning_of_other_runs
-from trainbus_callbacks.naming import COUNTERS, FilledName, NameTemplate
-from trainbus_callbacks.scalars import as_float, describe, floats_of, why_no_number
+from trainbus_callbacks.earlier_runs import reconcile
+from trainbus_callbacks.naming import NameTemplate
+from trainbus_callbacks.saving_advice import SavingAdvice
+from trainbus_callbacks.saving_choice import Choice, Chooser
+from trainbus_callbacks.scalars import as_float, describe
 from trainbus_callbacks.triggers import Moment, Trigger, in_short, trigger_of
 
 __all__ = ["ModelCheckpoint"]
 
 logger = logging.getLogger("trainbus")
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """
-    What rank 0 has decided, for all ranks.
-
-    Attributes:
-        path: The file to save, or None: nothing is saved.
-        score: The monitored metric, if there is one.
-        is_best: It is better than before.
-        threshold_passed: As of the ledger.
-    """
-
-    path: str | None
-    score: float | None
-    is_best: bool
-    threshold_passed: bool
 
 
 class ModelCheckpoint(Callback):
@@ -137,8 +120,15 @@ class ModelCheckpoint(Callback):
         self._saw_epoch_end = False
         self._prepared = False
         self._batches_hold_metric: bool | None = None  # None: no batch was seen yet
-        self._looked_for_other_runs = False
-        self._said: set[str] = set()
+        self._advice = SavingAdvice(lambda: self.state_key, self._template, monitor, self.mode)
+        self._chooser = Chooser(
+            self._template,
+            self._ledger,
+            self._advice,
+            monitor=monitor,
+            best_only=save_best_only,
+            within_epochs=self._trigger.within_epochs,
+        )
 
     @property
     def best_score(self) -> float | None:
@@ -175,7 +165,7 @@ class ModelCheckpoint(Callback):
             self._last_due = time.monotonic()
             self._refuse_name_of_another(handler)
             self._reserve(handler)
-            self._warn_of_other_runs(handler)
+            self._advice.of_other_runs(handler)
 
     def on_train_batch_end(
         self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
@@ -190,11 +180,12 @@ class ModelCheckpoint(Callback):
         if not self._trigger.within_epochs:
             return
         self._batches_hold_metric = self._batches_hold_metric or self.monitor in logs
-        self._ask_trigger(Moment(False, epoch, batch, global_step, self._seconds(), logs))
+        moment = Moment(False, epoch, batch, global_step, self._seconds(), logs)
+        self._ask_trigger(moment)
         if self._due and not handler.accumulating:
             self._due = False
             expects = self.save_best_only and not self._trigger.at_epoch_ends
-            self._consider(handler, epoch, batch, global_step, logs, expects_metric=expects)
+            self._consider(handler, moment, expects_metric=expects)
 
     def on_epoch_end(
         self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
@@ -207,25 +198,22 @@ class ModelCheckpoint(Callback):
             self._check_metric_is_there_in_time(logs)
             self._ledger.gate(as_float(logs.get(self.monitor)) if self.monitor is not None else None)
         waited = self._due
-        self._ask_trigger(Moment(True, epoch, batch, global_step, self._seconds(), logs))
+        moment = Moment(True, epoch, batch, global_step, self._seconds(), logs)
+        self._ask_trigger(moment)
         if not self._due:
             return
         self._due = False
-        if not waited and self._has_just_saved(epoch, global_step):
+        if not waited and self._has_just_saved(moment):
             return
         expects = self.save_best_only or self._trigger.at_epoch_ends
-        self._consider(handler, epoch, batch, global_step, logs, expects_metric=expects)
+        self._consider(handler, moment, expects_metric=expects)
 
     def on_train_end(self, handler: Any) -> None:
         """Warn if by `save_freq` it was never time to save in a run of one epoch or more."""
         if not _takes_part(handler) or handler.rank != 0 or not self._saw_epoch_end or self._was_due:
             return
-        if self._ledger.expected.last_step_saved is None and self._is_new("never due"):
-            _warn(
-                f"{self.state_key} saved nothing in this run of {handler.global_step} batch(es): "
-                f"save_freq={self.save_freq!r} never came to pass. Choose a smaller one, or add one with |, "
-                "e.g. | Every(epochs=1)."
-            )
+        if self._ledger.expected.last_step_saved is None:
+            self._advice.of_no_save(self.save_freq, handler.global_step)
 
     def on_checkpoint_saved(self, save: Any) -> None:
         """Count the file as there."""
@@ -294,71 +282,22 @@ class ModelCheckpoint(Callback):
             self._due = self._was_due = True
             self._last_due = time.monotonic()
 
-    def _has_just_saved(self, epoch: int, global_step: int) -> bool:
+    def _has_just_saved(self, moment: Moment) -> bool:
         """Whether the last batch of an epoch was saved already, and the epoch's metrics change nothing."""
         last = self._ledger.expected
         return (
             self._trigger.within_epochs
             and self.monitor is None
             # Both: a loop that emits epochs alone stays at step 0.
-            and (last.last_epoch_saved, last.last_step_saved) == (epoch, global_step)
+            and (last.last_epoch_saved, last.last_step_saved) == (moment.epoch, moment.global_step)
         )
 
-    def _consider(
-        self,
-        handler: Any,
-        epoch: int,
-        batch: int,
-        global_step: int,
-        logs: Mapping[str, Any],
-        *,
-        expects_metric: bool,
-    ) -> None:
-        """Save if this event's metric allows it."""
-
-        def choose() -> _Choice:
-            return self._choose(handler, epoch, batch, global_step, logs, expects_metric=expects_metric)
-
-        # Metrics of batches differ from rank to rank, and a name may be made of them.
-        counted = self.monitor is None and set(self._template.fields) <= set(COUNTERS)
-        choice = choose() if counted else ranks.decide(choose, "ModelCheckpoint's decision")
-        self._ledger.threshold_passed = choice.threshold_passed
-        if choice.path is None:
-            return
-        self._reserve(handler)
-        moment = f"step {global_step}" if self._trigger.within_epochs else f"epoch {epoch + 1}"
-        self._save(handler, choice, epoch, global_step, logs, moment)
-
-    def _choose(
-        self,
-        handler: Any,
-        epoch: int,
-        batch: int,
-        global_step: int,
-        logs: Mapping[str, Any],
-        *,
-        expects_metric: bool,
-    ) -> _Choice:
-        # What nobody asks for is not read: reading a tensor waits for the device it is on.
-        asked = {self.monitor, *self._template.fields}
-        floats, unusable = floats_of({name: logs[name] for name in logs if name in asked})
-        score = floats.get(self.monitor) if self.monitor is not None else None
-        wanted = self._wants(score)
-        self._warn_of_metric(score, wanted, logs, unusable, expects_metric)
-        if not wanted:
-            return _Choice(None, score, False, self._ledger.threshold_passed)
-        name = self._template.fill(
-            epoch=epoch + 1,
-            batch=batch + 1,
-            global_step=global_step,
-            logs=floats,
-            known=logs,
-            batch_mode=self._trigger.within_epochs,
-        )
-        self._warn_of_missing_fields(name, logs, unusable)
-        self._warn_of_other_runs(handler)
-        is_best = score is not None and self._ledger.improves(score)
-        return _Choice(name.path, score, is_best, self._ledger.threshold_passed)
+    def _consider(self, handler: Any, moment: Moment, *, expects_metric: bool) -> None:
+        """Save if the metric of *moment* allows it."""
+        choice = self._chooser.choose(handler, moment, expects_metric=expects_metric)
+        if choice.path is not None:
+            self._reserve(handler)
+            self._save(handler, choice.path, choice, moment)
 
     def _refuse_name_of_another(self, handler: Any) -> None:
         for other in handler.callbacks.values():
@@ -375,31 +314,17 @@ class ModelCheckpoint(Callback):
         if not self._shared:
             handler.reserve(self._template.folder, self._template.last)
 
-    def _wants(self, score: float | None) -> bool:
-        if not self._ledger.gate(score):
-            return False
-        return not self.save_best_only or (score is not None and self._ledger.improves(score))
-
-    def _save(
-        self,
-        handler: Any,
-        choice: _Choice,
-        epoch: int,
-        global_step: int,
-        logs: Mapping[str, Any],
-        moment: str,
-    ) -> None:
-        assert choice.path is not None
+    def _save(self, handler: Any, path: str, choice: Choice, moment: Moment) -> None:
         before = self._ledger.expected.best_score
         best = choice.score if choice.is_best else None
         # Proposed first: the state that goes into the file already counts the file.
-        proposal = self._ledger.propose(choice.path, best, epoch=epoch, global_step=global_step)
+        proposal = self._ledger.propose(path, best, epoch=moment.epoch, global_step=moment.global_step)
         try:
-            save = handler.save_async(
-                choice.path,
+            proposal.save = handler.save_async(
+                path,
                 weights_only=self.save_weights_only,
                 stream=self.state_key,
-                logs=logs,
+                logs=moment.logs,
                 monitor=self.monitor,
                 mode=self._judged_by,
                 score=choice.score,
@@ -409,14 +334,17 @@ class ModelCheckpoint(Callback):
         except BaseException:
             self._ledger.withdraw(proposal)
             raise
-        proposal.save = save
-        if handler.rank != 0:
-            return
-        if best is not None and before is None:
-            logger.info("%s: %s is %s, the first", moment, self.monitor, describe(best))
-        elif best is not None and before is not None:
+        if best is not None and handler.rank == 0:
+            self._tell_of_best(moment, before, best)
+
+    def _tell_of_best(self, moment: Moment, before: float | None, best: float) -> None:
+        step, epoch = f"step {moment.global_step}", f"epoch {moment.epoch + 1}"
+        where = step if self._trigger.within_epochs else epoch
+        if before is None:
+            logger.info("%s: %s is %s, the first", where, self.monitor, describe(best))
+        else:
             logger.info(
-                "%s: %s improved from %s to %s", moment, self.monitor, describe(before), describe(best)
+                "%s: %s improved from %s to %s", where, self.monitor, describe(before), describe(best)
             )
 
     def _check_metric_is_there_in_time(self, logs: Mapping[str, Any]) -> None:
@@ -436,54 +364,6 @@ class ModelCheckpoint(Callback):
                 "each batch."
             )
 
-    # -- what the user should know; each is said once
-
-    def _warn_of_metric(
-        self,
-        score: float | None,
-        wanted: bool,
-        logs: Mapping[str, Any],
-        unusable: Mapping[str, Any],
-        expected: bool,
-    ) -> None:
-        if self.monitor is None:
-            return
-        if score is not None:
-            if not math.isfinite(score) and self._is_new(f"not finite {self.monitor}"):
-                logger.warning("%s is %s, which never counts as best.", self.monitor, score)
-            return
-        # The metric of an epoch is not expected in each batch, unless saves depend on it.
-        if (expected or self.monitor in unusable) and self._is_new(f"metric {self.monitor}"):
-            _warn(
-                f"{self.state_key} cannot judge by {why_no_number(self.monitor, logs, unusable)} "
-                f"{'It saves all the same.' if wanted else 'It saves nothing until the metric is there.'}"
-            )
-
-    def _warn_of_missing_fields(
-        self, name: FilledName, logs: Mapping[str, Any], unusable: Mapping[str, Any]
-    ) -> None:
-        for field in name.missing:
-            if self._is_new(f"field {field}"):
-                why = why_no_number(field, logs, unusable)
-                _warn(
-                    f"The file name {self._template.last!r} cannot hold {why} "
-                    f"It goes without: {os.path.basename(name.path)!r}."
-                )
-
-    def _warn_of_other_runs(self, handler: Any) -> None:
-        if self._looked_for_other_runs:
-            return
-        self._looked_for_other_runs = True
-        if handler.rank == 0 and not handler.resumed:
-            message = warning_of_other_runs(self._template, handler.run_id, self.monitor, self.mode)
-            if message is not None:
-                _warn(message)
-
-    def _is_new(self, what: str) -> bool:
-        new = what not in self._said
-        self._said.add(what)
-        return new
-
 
 def _takes_part(handler: Any) -> bool:
     if handler is None:
@@ -492,7 +372,3 @@ def _takes_part(handler: Any) -> bool:
             "or emit it with handler=...; trainbus.testing.FakeHandler is one for tests."
         )
     return bool(handler.rank == 0 or ranks.together())
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,112 @@
+"""What a `ModelCheckpoint` tells its user: metrics that are missing, names that lack one. Each once."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from trainbus_callbacks.earlier_runs import warning_of_other_runs
+from trainbus_callbacks.naming import FilledName, NameTemplate
+from trainbus_callbacks.scalars import why_no_number
+
+__all__ = ["SavingAdvice"]
+
+logger = logging.getLogger("trainbus")
+
+
+class SavingAdvice:
+    """
+    The warnings of one `ModelCheckpoint`. Training thread.
+
+    Args:
+        owner: Returns how the callback is called.
+        template: Of its file names.
+        monitor: The metric it judges by.
+        mode: ``"min"`` or ``"max"``.
+    """
+
+    def __init__(
+        self,
+        owner: Callable[[], str],
+        template: NameTemplate,
+        monitor: str | None,
+        mode: Literal["min", "max"],
+    ) -> None:
+        self._owner = owner
+        self._template = template
+        self._monitor = monitor
+        self._mode = mode
+        self._said: set[str] = set()
+
+    def of_metric(
+        self,
+        score: float | None,
+        logs: Mapping[str, Any],
+        unusable: Mapping[str, Any],
+        *,
+        saves: bool,
+        expected: bool,
+    ) -> None:
+        """
+        Tell of a monitored metric that is not there, or is no number to judge by.
+
+        Args:
+            score: Its value; None: it has none.
+            logs: Where it was looked for.
+            unusable: Those of *logs* that are no numbers.
+            saves: Whether there is a save all the same.
+            expected: Whether it should be there: the metric of an epoch is not in each batch.
+        """
+        if self._monitor is None:
+            return
+        if score is not None:
+            if not math.isfinite(score) and self._is_new(f"not finite {self._monitor}"):
+                logger.warning("%s is %s, which never counts as best.", self._monitor, score)
+            return
+        if (expected or self._monitor in unusable) and self._is_new(f"metric {self._monitor}"):
+            _warn(
+                f"{self._owner()} cannot judge by {why_no_number(self._monitor, logs, unusable)} "
+                f"{'It saves all the same.' if saves else 'It saves nothing until the metric is there.'}"
+            )
+
+    def of_missing_fields(
+        self, name: FilledName, logs: Mapping[str, Any], unusable: Mapping[str, Any]
+    ) -> None:
+        """Tell of metrics that a file name should hold and cannot."""
+        for field in name.missing:
+            if self._is_new(f"field {field}"):
+                why = why_no_number(field, logs, unusable)
+                _warn(
+                    f"The file name {self._template.last!r} cannot hold {why} "
+                    f"It goes without: {os.path.basename(name.path)!r}."
+                )
+
+    def of_other_runs(self, handler: Any) -> None:
+        """Tell of files of another run that stand where those of this one will. Reads their manifests."""
+        if not self._is_new("other runs") or handler.rank != 0 or handler.resumed:
+            return
+        message = warning_of_other_runs(self._template, handler.run_id, self._monitor, self._mode)
+        if message is not None:
+            _warn(message)
+
+    def of_no_save(self, save_freq: object, global_step: int) -> None:
+        """Tell that *save_freq* never came to pass in a run of so many batches."""
+        if self._is_new("never due"):
+            _warn(
+                f"{self._owner()} saved nothing in this run of {global_step} batch(es): "
+                f"save_freq={save_freq!r} never came to pass. Choose a smaller one, or add one with |, "
+                "e.g. | Every(epochs=1)."
+            )
+
+    def _is_new(self, what: str) -> bool:
+        new = what not in self._said
+        self._said.add(what)
+        return new
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
