@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from trainbus.checkpoint import background_writer, interpreter_exit
+from trainbus.checkpoint import background_writer, interpreter_exit, patience
 from trainbus.checkpoint.background_writer import BackgroundWriter, PendingSave
 from trainbus.checkpoint.file_format import Manifest
 from trainbus.errors import CheckpointSkipped, CheckpointWriteError, HandlerClosedError
@@ -746,7 +746,7 @@ class TestStuckThread:
         """
         Before it counts as stuck, one warning says what has been in writing and for how long.
         """
-        monkeypatch.setattr(background_writer, "_WORTH_A_WORD", 0.02)
+        monkeypatch.setattr(patience, "_WORTH_A_WORD", 0.02)
         writer = make(patience=0.2)
         save(writer, "a.pt", gates[0])
         writer.flush()

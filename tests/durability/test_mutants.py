@@ -107,7 +107,7 @@ MUTANTS = [
     Mutant(
         "stuck thread waited for",
         "background_writer.py",
-        "            self.abandon(self._describe(running))",
+        "            self._give_up(self._patience.verdict(running))",
         "            pass",
         f"{WRITER} -k Stuck -o faulthandler_timeout=5 -o faulthandler_exit_on_timeout=true",
     ),

@@ -19,9 +19,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainbus.checkpoint import interpreter_exit
+from trainbus.checkpoint.patience import Patience
 from trainbus.checkpoint.pending_save import PendingSave
+from trainbus.checkpoint.save_outcomes import SaveOutcomes
 from trainbus.checkpoint.write_job import WriteJob, absolute
-from trainbus.errors import CheckpointError, CheckpointSkipped, CheckpointWriteError, HandlerClosedError
+from trainbus.errors import HandlerClosedError
 
 if TYPE_CHECKING:
     from trainbus.checkpoint.file_format import Manifest
@@ -33,7 +35,6 @@ NICENESS = 10
 _POLICIES = ("wait", "skip", "replace")
 _PATIENCE = 600.0
 _LOOKS_EVERY = 1.0  # seconds between two looks at whether the thread still does something
-_WORTH_A_WORD = 30.0  # seconds without progress
 
 
 class Helper(Protocol):
@@ -88,15 +89,12 @@ class BackgroundWriter:
             raise ValueError(f"on_busy must be one of {', '.join(map(repr, _POLICIES))}, got {on_busy!r}.")
         if on_busy == "replace" and max_pending < 2:
             raise ValueError(f"on_busy='replace' needs max_pending of at least 2, got {max_pending!r}.")
-        if not patience > 0:
-            raise ValueError(f"write_timeout must be more than 0 seconds, got {patience!r}.")
-        self._report = report
+        self._patience = Patience(patience, last_progress)
+        self._outcomes = SaveOutcomes(report, self._settle)
         self._max_pending = max_pending
         self._on_busy = on_busy
         self._helpers = helpers
         self._name = name
-        self._patience = patience
-        self._last_progress = last_progress
         self._pause = pause
         self._closed = False
         self._begin_empty()
@@ -112,7 +110,6 @@ class BackgroundWriter:
         self._jobs: deque[WriteJob] = deque()
         self._running: WriteJob | None = None
         self._given_up: WriteJob | None = None
-        self._warned_of: WriteJob | None = None
         self._unfinished: list[PendingSave] = []
         self._thread: threading.Thread | None = None
 
@@ -142,12 +139,14 @@ class BackgroundWriter:
                 self._wait_until(lambda: not self._is_full())
                 self._refuse_if_closed(pending)
                 if self._is_stuck():
-                    self._finish_failed(pending, self._why_stuck())
+                    assert self._given_up is not None
+                    self._outcomes.failed(pending, self._patience.verdict(self._given_up))
                     return False
                 self._ensure_thread()
                 self._unfinished.append(pending)
                 return True
-        self._skip(pending, f"{self._max_pending} earlier save(s) were unfinished and on_busy is 'skip'")
+        reason = f"{self._max_pending} earlier save(s) were unfinished and on_busy is 'skip'"
+        self._outcomes.skipped(pending, reason)
         return False
 
     def wait_for_room(self, timeout: float | None = None) -> bool:
@@ -192,14 +191,14 @@ class BackgroundWriter:
                 self._ensure_thread()
             except RuntimeError as error:
                 job.release()
-                self._finish_failed(pending, error)
+                self._outcomes.failed(pending, error)
                 return
             self._jobs.append(job)
             self._changed.notify_all()
 
     def fail(self, pending: PendingSave, error: Exception) -> None:
         """Finish an admitted save that will not be submitted, because of *error*."""
-        self._finish_failed(pending, error)
+        self._outcomes.failed(pending, error)
 
     def remove(self, paths: Sequence[str], stream: str = "") -> None:
         """Queue the removal of files. Does not block; one that fails is logged."""
@@ -223,12 +222,7 @@ class BackgroundWriter:
     def abandon(self, reason: str) -> None:
         """Fail the saves that are not finished, wait for them no more. The one under way may still come."""
         with self._changed:
-            self._given_up = self._running
-            for job in [job for job in self._jobs if job.pending is not None]:
-                self._jobs.remove(job)
-                job.release()
-            for pending in list(self._unfinished):
-                self._finish_failed(pending, TimeoutError(errno.ETIMEDOUT, reason))
+            self._give_up(TimeoutError(errno.ETIMEDOUT, reason))
 
     def close(self, timeout: float | None = None) -> None:
         """Admit no more saves, then do what `flush` does and end the thread. May be called again."""
@@ -278,36 +272,26 @@ class BackgroundWriter:
         if self._thread is not None and not self._thread.is_alive():
             self._bury_thread()
         running = self._running
-        if running is None or self._is_stuck():
-            return
-        silent = time.monotonic() - max(running.begun, self._last_progress())
-        if silent >= _WORTH_A_WORD and self._warned_of is not running:
-            self._warned_of = running
-            _log.warning("%s. Training waits for it at the next save.", self._describe(running))
-        if silent >= self._patience:
-            self.abandon(self._describe(running))
+        if running is not None and not self._is_stuck() and self._patience.is_over(running):
+            self._give_up(self._patience.verdict(running))
 
     def _is_stuck(self) -> bool:
         return self._given_up is not None and self._given_up is self._running
 
-    def _why_stuck(self) -> OSError:
-        assert self._given_up is not None
-        return TimeoutError(errno.ETIMEDOUT, self._describe(self._given_up))
-
-    def _describe(self, job: WriteJob) -> str:
-        now = time.monotonic()
-        what = repr(job.pending.path) if job.pending is not None else "removals"
-        silent = now - max(job.begun, self._last_progress())
-        return (
-            f"{what} has been in writing for {now - job.begun:.0f} s, the last {silent:.0f} without progress"
-        )
+    def _give_up(self, error: TimeoutError) -> None:
+        self._given_up = self._running
+        for job in [job for job in self._jobs if job.pending is not None]:
+            self._jobs.remove(job)
+            job.release()
+        for pending in list(self._unfinished):
+            self._outcomes.failed(pending, error)
 
     def _withdraw_waiting(self) -> None:
         for job in reversed(self._jobs):
             if job.pending is not None:
                 self._jobs.remove(job)
                 job.release()
-                self._skip(job.pending, "a newer save took its place")
+                self._outcomes.skipped(job.pending, "a newer save took its place")
                 return
 
     def _run(self) -> None:
@@ -349,7 +333,7 @@ class BackgroundWriter:
         for job in jobs:
             job.release()
             if job.pending is not None:
-                self._finish_failed(job.pending, RuntimeError("the writer thread has died"))
+                self._outcomes.failed(job.pending, RuntimeError("the writer thread has died"))
 
     def _carry_out(self, job: WriteJob) -> None:
         if job.pending is None or self._write(job, job.pending):
@@ -361,16 +345,13 @@ class BackgroundWriter:
             manifest = job.run(self._make_room, self._pause)
         except BaseException as error:
             # Also what is meant to end the thread: somebody may be waiting for this save.
-            self._finish_failed(pending, error)
+            self._outcomes.failed(pending, error)
             return False
         if pending.done():
             _log.warning("%r was written after all; it was reported as failed.", pending.path)
             return False
-        times = pending.times
-        times.durable = time.monotonic()
-        seconds = times.durable - times.requested
-        self._tell("checkpoint_saved", pending, manifest=manifest, size=manifest.size, seconds=seconds)
-        self._settle(pending, lambda: pending.complete(manifest))
+        pending.times.durable = time.monotonic()
+        self._outcomes.saved(pending, manifest)
         return True
 
     def _make_room(self) -> bool:
@@ -392,25 +373,7 @@ class BackgroundWriter:
         except OSError as error:
             _log.warning("Cannot remove the old checkpoint %r: %s. It stays where it is.", path, error)
             return
-        fields: dict[str, Any] = {"path": given, "stream": job.stream}
-        if job.pending is not None:
-            fields |= _moment(job.pending)
-        self._call_report("checkpoint_removed", fields)
-
-    def _skip(self, pending: PendingSave, reason: str) -> None:
-        self._tell("checkpoint_skipped", pending, reason=reason)
-        self._settle(pending, lambda: pending.fail(CheckpointSkipped(pending.path or "", reason)))
-
-    def _finish_failed(self, pending: PendingSave, error: BaseException) -> None:
-        if pending.done():
-            return
-        failure = error
-        if not isinstance(failure, CheckpointError):
-            failure = CheckpointWriteError(pending.path or "", pending.global_step, error)
-            failure.__cause__ = error
-        interpreter_exit.remember(failure)
-        self._tell("checkpoint_failed", pending, error=failure)
-        self._settle(pending, lambda: pending.fail(failure))
+        self._outcomes.removed(given, job.stream, job.pending)
 
     def _settle(self, pending: PendingSave, finish: Callable[[], None]) -> None:
         # At once: whoever learns that it is finished finds room, and who finds room finds it finished.
@@ -419,17 +382,6 @@ class BackgroundWriter:
                 self._unfinished.remove(pending)
             finish()
             self._changed.notify_all()
-
-    def _tell(self, event: str, pending: PendingSave, **fields: Any) -> None:
-        known = {"save": pending, "path": pending.path, "stream": pending.stream, **_moment(pending)}
-        self._call_report(event, known | fields)
-
-    def _call_report(self, event: str, fields: dict[str, Any]) -> None:
-        try:
-            self._report(event, **fields)
-        except BaseException:
-            # A save must be finished even if nobody could be told.
-            _log.exception("Reporting %s of %r failed.", event, fields["path"])
 
     def _start_empty_in_child(self) -> None:
         unfinished = self._unfinished
@@ -452,10 +404,6 @@ def give_way() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-
-
-def _moment(pending: PendingSave) -> dict[str, Any]:
-    return {"epoch": pending.epoch, "global_step": pending.global_step, "logs": pending.logs}
 
 
 _WRITERS: weakref.WeakSet[BackgroundWriter] = weakref.WeakSet()
