@@ -248,6 +248,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.cli.report": {"trainbus.", "trainbus_callbacks.history_file"},
     "trainbus.cli.": {"trainbus.", "trainbus_callbacks"},
     "trainbus.cli": {"trainbus.errors", "trainbus.cli.app"},
+    "trainbus.__main__": {"trainbus.cli"},
     "trainbus_callbacks.": {*PUBLIC, "trainbus_callbacks."},
     "trainbus_callbacks": {"trainbus_callbacks.", "trainbus.checkpoint.retention"},
 }

@@ -30,3 +30,11 @@ class TestMain:
 
         assert info.value.code == 0
         assert "demo" in capsys.readouterr().out
+
+    def test_python_m(self, tmp_path):
+        """``python -m trainbus`` is the same command, in the Python that runs it."""
+        command = [sys.executable, "-m", "trainbus", "ls", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+        assert done.returncode == 0, done.stderr
+        assert str(tmp_path) in done.stdout + done.stderr
