@@ -18,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 
 import trainbus
 from trainbus import CheckpointFolder, CheckpointWriteError, Handler, ranks
+from trainbus.checkpoint import staging_memory
+from trainbus.checkpoint.staging_memory import map_pages
 from trainbus.errors import CheckpointCorruptError, StateMismatchError, UnsavableStateError
 from trainbus.testing import FaultyDisk
 from trainbus_callbacks import KeepLast, ModelCheckpoint
@@ -110,6 +112,26 @@ def moments(optimizer):
 def equal(a, b):
     """Tell whether two of those are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class TestPrepare:
+    @pytest.mark.parametrize("full_state", [False, True])
+    def test_first_save(self, tmp_path, monkeypatch, full_state):
+        """The first save of parts goes into the memory made for it; for whole files none is made."""
+        mapped = []
+        monkeypatch.setattr(staging_memory, "map_pages", lambda size: mapped.append(size) or map_pages(size))
+        modules, optimizers = build(width=1000)
+        with Handler(modules, optimizers) as handler:
+            for _ in handler.epochs(1):
+                for x in handler.batches([torch.ones(8, 1000)] * 3):
+                    modules["one"](x).sum().backward()
+                    optimizers["one"].step()
+                    if handler.global_step == 1:
+                        handler.prepare_saves(full_state=full_state)
+                        assert len(mapped) == (not full_state)
+            handler.save(tmp_path / "a", full_state=full_state)
+
+        assert len(mapped) == 1 and mapped[0] > 3 * 4 * 4000
 
 
 @pytest.fixture

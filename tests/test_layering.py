@@ -81,6 +81,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.staging_memory",
         "trainbus.checkpoint.zip_records",
     },
+    "trainbus.checkpoint.warm_up": {"trainbus.checkpoint.staging_copy"},
     "trainbus.checkpoint.fence": {"trainbus.checkpoint.background_copy"},
     "trainbus.checkpoint.disk": {"trainbus.errors"},
     "trainbus.checkpoint.file_format": {"trainbus.errors"},

@@ -6,12 +6,15 @@ import errno
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import trainbus
 from trainbus import CheckpointWriteError, Handler, ranks
+from trainbus.checkpoint import staging_memory
+from trainbus.checkpoint.staging_memory import map_pages
 from trainbus.testing import FaultyDisk
 from trainbus_callbacks import ModelCheckpoint
 
@@ -156,6 +159,48 @@ class TestSeveralRanks:
 
         assert table.met == []
         assert trainbus.load(tmp_path / "a.pt")["ranks"] == {"world_size": 2, "parts": None}
+
+    @pytest.mark.parametrize("size", [1, 8])
+    def test_prepared(self, among, tmp_path, monkeypatch, size):
+        """The first save goes into the memory made for it, also with NumPy and with what other ranks give."""
+
+        class Numbers:
+            def state_dict(self):
+                return {"numbers": np.zeros(10_000)}
+
+            def load_state_dict(self, state):
+                raise NotImplementedError
+
+        mapped = []
+        monkeypatch.setattr(staging_memory, "map_pages", lambda size: mapped.append(size) or map_pages(size))
+        among(size)
+        handler = make(extra={"mine": Numbers()})
+
+        def save(step):
+            if step == 1:
+                handler.prepare_saves()
+                assert len(mapped) == 1
+            elif step == 3:
+                handler.save_async(tmp_path / "a.pt")
+
+        train(handler, epochs=1, at_step=save)
+
+        assert mapped[0] > 80_000 and len(mapped) == 1
+
+    def test_preparing_fails_nobody(self, among, tmp_path):
+        """What cannot be saved is told by the save, on all ranks, and not by one that prepares."""
+        among()
+        handler = make()
+
+        def save(step):
+            if step == 1:
+                handler.extra["mine"] = object()
+                handler.prepare_saves()
+            elif step == 2:
+                handler.save(tmp_path / "a.pt")
+
+        with pytest.raises(CheckpointWriteError, match="state_dict"):
+            train(handler, at_step=save)
 
     def test_weights_only(self, among, tmp_path):
         """A file of weights has no parts of ranks; all come to it all the same."""

@@ -65,6 +65,10 @@ class DividedSaves:
         """Return *parts* such that their state is what each rank has of it, by names."""
         return divided_parts(parts)
 
+    def prepare(self, state: Any) -> None:
+        """Have host memory for this rank's part of such a *state* made in the background. No collective."""
+        self._saver.prepare(state)
+
     def save(
         self, path: str, collect: Callable[[], Any], manifest: Callable[[], Manifest]
     ) -> Future[Manifest]:

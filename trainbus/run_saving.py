@@ -141,14 +141,18 @@ class RunSaving(RunPosition):
         if problems:
             raise UnsavableStateError(problems)
 
-    def prepare_saves(self, *, weights_only: bool = False) -> None:
+    def prepare_saves(self, *, weights_only: bool = False, full_state: bool = False) -> None:
         """
         Have the host memory for saves made in the background, so that the first is as fast as the others.
 
-        Call it after the first optimizer step, when the state has its size; `ModelCheckpoint` does.
+        Call it after the first optimizer step, when the state has its size; `ModelCheckpoint` does. Not
+        collective: rank 0 prepares, and each rank where the state is divided among them.
+
+        Args:
+            weights_only: As the saves will be.
+            full_state: As the saves will be; whole files of a divided state are not prepared.
         """
-        if self.rank == 0 and self._divided is None:
-            self._saver.prepare(lambda: self.collect(weights_only))
+        self._saves.prepare(weights_only=weights_only, full_state=full_state)
 
     def keep_batch_starts(self) -> None:
         """

@@ -145,6 +145,20 @@ class SaveRequests:
             self._take(accepted)
         return pending
 
+    def prepare(self, *, weights_only: bool, full_state: bool) -> None:
+        """Do what `Handler.prepare_saves` does."""
+        # What is wrong with the state is told by the save, and on all ranks.
+        with contextlib.suppress(Exception):
+            if self._divided is None and self._handler.rank == 0:
+                self._saver.prepare(to_plain(self._collect(weights_only, self._parts_of_all())))
+            elif self._divided is not None and not full_state:
+                state = self._collect(weights_only, self._parts_of_all())
+                self._divided.prepare(to_plain(state, divided=True))
+
+    def _parts_of_all(self) -> list[dict[str, Any]]:
+        """Return what stands for all ranks' parts of a save, in as many bytes: this one's."""
+        return [rank_parts.give(self._moments.collect())] * ranks.world_size()
+
     def reserve(self, folder: str, template: str) -> None:
         """Do what `Handler.reserve` does; an `OSError` comes as CheckpointWriteError."""
         path = lock_path(folder, template)
@@ -240,7 +254,7 @@ class SaveRequests:
             # In here nothing is raised on one rank alone.
             if is_first:
                 described.append(self._describe(accepted))
-            return to_plain(self._collect(accepted, given), divided=True)
+            return to_plain(self._collect(accepted.weights_only, given), divided=True)
 
         def begin() -> Future[Manifest]:
             return divided.save(accepted.path, collect, lambda: self._with_metrics(described[0], accepted)())
@@ -259,14 +273,14 @@ class SaveRequests:
     def _whole_state(self, accepted: _Accepted, given: list[dict[str, Any]] | None) -> Callable[[], Any]:
         """Return what gives the state to write to one file, on rank 0. Collective where it is divided."""
         if self._divided is None:
-            return lambda: to_plain(self._collect(accepted, given))
+            return lambda: to_plain(self._collect(accepted.weights_only, given))
         from trainbus.divided_saves import gathered
 
-        return gathered(lambda: self._collect(accepted, given))
+        return gathered(lambda: self._collect(accepted.weights_only, given))
 
-    def _collect(self, accepted: _Accepted, given: list[dict[str, Any]] | None) -> Any:
-        collected = self._handler.collect(accepted.weights_only)
-        if self._handler.rank == 0 and ranks.together() and not accepted.weights_only:
+    def _collect(self, weights_only: bool, given: list[dict[str, Any]] | None) -> Any:
+        collected = self._handler.collect(weights_only)
+        if self._handler.rank == 0 and ranks.together() and not weights_only:
             collected[rank_parts.KEY] = rank_parts.together(given, ranks.world_size())
         return collected
 

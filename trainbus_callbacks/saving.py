@@ -176,7 +176,7 @@ class ModelCheckpoint(Callback):
         if not self._prepared and not handler.accumulating:
             # An optimizer has stepped, so the state has its size.
             self._prepared = True
-            handler.prepare_saves(weights_only=self.save_weights_only)
+            handler.prepare_saves(weights_only=self.save_weights_only, full_state=self.full_state)
         if not self._trigger.within_epochs:
             return
         self._batches_hold_metric = self._batches_hold_metric or self.monitor in logs

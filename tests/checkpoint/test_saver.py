@@ -669,7 +669,7 @@ class TestPrepare:
         monkeypatch.setattr(StagingBuffer, "touch", note)
         training = train()
 
-        training.saver.prepare(training.state)
+        training.saver.prepare(training.state())
         assert done.wait(WAIT)
         size = training.saver._memory.size
         pending = training.save()
@@ -685,7 +685,7 @@ class TestPrepare:
         A save that comes meanwhile stops it and succeeds.
         """
         training = train(snapshot=mode)
-        training.saver.prepare(training.state)
+        training.saver.prepare(training.state())
         assert touching.wait(WAIT)
 
         pending = training.save()
@@ -698,10 +698,10 @@ class TestPrepare:
         It may be asked for at any time: while a save holds the memory it does nothing.
         """
         training = train()
-        training.saver.prepare(training.state)
+        training.saver.prepare(training.state())
         for _ in range(3):
             training.save()
-            training.saver.prepare(training.state)
+            training.saver.prepare(training.state())
 
         assert training.values(training.save()) == {0.0}
 
@@ -711,8 +711,8 @@ class TestPrepare:
         Asked for twice, it keeps no save from being taken.
         """
         training = train(max_pending=max_pending)
-        training.saver.prepare(training.state)
-        training.saver.prepare(training.state)
+        training.saver.prepare(training.state())
+        training.saver.prepare(training.state())
 
         assert [training.values(training.save()) for _ in range(3)] == [{0.0}] * 3
 
@@ -724,7 +724,7 @@ class TestPrepare:
         A child forked meanwhile does not wait for what only its parent's thread would finish.
         """
         training = train(snapshot=mode)
-        training.saver.prepare(training.state)
+        training.saver.prepare(training.state())
         assert touching.wait(WAIT)
 
         def work() -> None:

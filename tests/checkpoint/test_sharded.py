@@ -19,9 +19,11 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 
 import trainbus
 from trainbus import CheckpointFolder, Manifest
+from trainbus.checkpoint import staging_memory
 from trainbus.checkpoint.sharded import ShardedSaver, collect_sharded, restore_sharded
 from trainbus.checkpoint.sharded_format import METADATA, read_sharded, seal_folder
 from trainbus.checkpoint.sharded_load import load_into
+from trainbus.checkpoint.staging_memory import StagingBuffer, map_pages
 from trainbus.errors import CheckpointCorruptError, RankFailedError, StateMismatchError
 from trainbus.testing import FaultyDisk
 
@@ -221,6 +223,26 @@ class TestSave:
 
         saver.save(tmp_path / "a", {"a": torch.ones(3)}, manifest).result(WAIT)
         assert os.listdir(tmp_path) == ["a"]
+
+    def test_prepare(self, saver, tmp_path, monkeypatch):
+        """The first save goes into memory that the copying thread has made ahead of it."""
+        model, optimizer = model_and_optimizer()
+        state = collect_sharded(model, optimizer)
+        mapped, touching, touch = [], threading.Event(), StagingBuffer.touch
+        monkeypatch.setattr(staging_memory, "map_pages", lambda size: mapped.append(size) or map_pages(size))
+
+        def slowly(buffer, stop):
+            touching.set()
+            assert threading.current_thread().name == "trainbus-copy" and stop.wait(WAIT)
+            touch(buffer, stop)
+
+        monkeypatch.setattr(StagingBuffer, "touch", slowly)
+        saver.prepare(state)
+        assert touching.wait(WAIT)
+        saver.save(tmp_path / "a", state, manifest).result(WAIT)
+
+        assert len(mapped) == 1
+        assert torch.equal(trainbus.load(tmp_path / "a")["module"]["0.bias"], model[0].bias.full_tensor())
 
     def test_makes_no_new_memory(self, saver, tmp_path):
         """In the steady state the snapshot goes into the memory of the save before."""

@@ -8,9 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, BinaryIO, cast
@@ -30,6 +28,7 @@ from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.checkpoint.stats import LostTime, SaveTimes
 from trainbus.checkpoint.temporary import Sweeper
+from trainbus.checkpoint.warm_up import WarmUp
 from trainbus.errors import CheckpointWriteError
 
 __all__ = ["Saver"]
@@ -82,19 +81,13 @@ class Saver:
             last_progress=lambda: max(self._chunks.last_progress, self._last_progress_elsewhere()),
         )
         self._last_progress_elsewhere: Callable[[], float] = lambda: 0.0
+        self._warm_up = WarmUp(self._stager)
         self._sweeper = Sweeper()
         self.lost = LostTime()
         self._overlaps = snapshot == "overlap"
         self._lower_fence = fence.raise_fence() if self._overlaps else None
         self._last_copy: BackgroundCopy | None = None
         self._said_that_it_waited = False
-        self._forget_touching()
-        _ALL.add(self)
-
-    def _forget_touching(self) -> None:
-        self._stop_touching = threading.Event()
-        self._touched = threading.Event()
-        self._touched.set()
 
     def save(
         self,
@@ -186,27 +179,13 @@ class Saver:
         if admitted:
             self.writer.submit(pending, future.result, removals=removals, find_removals=find_removals)
 
-    def prepare(self, collect: Callable[[], Any]) -> None:
+    def prepare(self, state: Any) -> None:
         """
-        Have the host memory for a snapshot of such a state made in the background. Blocks for its plan.
+        Have the host memory for a snapshot of such a *state* made in the background. Blocks for its plan.
 
         Without it the first save does that, which takes it several times as long as the others.
         """
-        buffer = self._stager.warm_up(collect())
-        if buffer is None:
-            return
-        self._stop_touching.clear()
-        self._touched.clear()
-
-        def touch() -> None:
-            try:
-                buffer.touch(self._stop_touching)
-            finally:
-                self._memory.release(buffer)
-                self._touched.set()
-
-        self._stager.thread.start()
-        self._stager.thread.call(touch)
+        self._warm_up.begin(state)
 
     def close(self, timeout: float | None = None) -> None:
         """Finish what was asked for and take no more; see `BackgroundWriter.close`."""
@@ -224,8 +203,7 @@ class Saver:
         """
         begun = time.monotonic()
         pending.times.taken = pending.times.taken or begun
-        self._stop_touching.set()
-        self._touched.wait()
+        self._warm_up.end()
         with record_function("trainbus: wait for room"):
             has_room = self.writer.wait_for_room(timeout)
         seconds = time.monotonic() - begun
@@ -280,14 +258,3 @@ def _serialize(snapshot: Snapshot, stream: BinaryIO) -> None:
             # Set on this thread, because torch's options belong to one each. Other tools check these sums.
             torch.serialization.set_crc32_options(True)
             torch.save(snapshot.state, stream)
-
-
-_ALL: weakref.WeakSet[Saver] = weakref.WeakSet()
-
-
-def _forget_in_child() -> None:
-    for saver in list(_ALL):
-        saver._forget_touching()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)

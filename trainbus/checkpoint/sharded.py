@@ -33,11 +33,12 @@ from trainbus.checkpoint import collector
 from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.disk import disk_in_use
 from trainbus.checkpoint.file_format import Manifest
-from trainbus.checkpoint.sharded_state import STRUCTURE, flatten, local_part
+from trainbus.checkpoint.sharded_state import STRUCTURE, FlatState, flatten, local_part
 from trainbus.checkpoint.sharded_writer import WHOLE, Failure, Shard, ShardPlanner, ShardWriter, StagedState
 from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.checkpoint.temporary import Sweeper
+from trainbus.checkpoint.warm_up import WarmUp
 from trainbus.errors import HandlerClosedError, RankFailedError
 
 __all__ = ["ShardedSaver", "collect_sharded", "restore_sharded"]
@@ -69,6 +70,7 @@ class ShardedSaver:
         self._group: torch.distributed.ProcessGroup | None = group
         self._max_pending = max_pending
         self._stager = Stager(StagingMemory(max_pending), device_snapshot=device_snapshot)
+        self._warm_up = WarmUp(self._stager)
         self._writers = ChunkWriters()
         self._sweeper = Sweeper()
         self._unfinished: deque[Future[Manifest]] = deque()
@@ -80,6 +82,15 @@ class ShardedSaver:
     def last_progress(self) -> float:
         """``time.monotonic()`` when a disk last took bytes of this rank; 0 before."""
         return self._writers.last_progress
+
+    def prepare(self, state: Any) -> None:
+        """
+        Have host memory for this rank's part of such a *state* made in the background. Blocks for its plan.
+
+        No collective. Does nothing while as many saves as may be are unfinished.
+        """
+        parts, flat = _own_parts(state)
+        self._warm_up.begin((parts, flat.others))
 
     def save(
         self, path: str | os.PathLike[str], state: Any, manifest: Callable[[], Manifest]
@@ -114,6 +125,7 @@ class ShardedSaver:
                 f"Cannot save {os.fspath(path)!r}: the writer is closed. Save before that."
             )
         self._wait_for_room()
+        self._warm_up.end()
         self._writers.start()
         snapshots = _SnapshotStager(self._stager, self._items, previous=self._last)
         writer = ShardWriter(
@@ -235,13 +247,7 @@ class _SnapshotStager(AsyncStager):
             self._snapshot.release()
 
     def _take(self, state: Any) -> StagedState:
-        flat = flatten(state() if callable(state) else state)
-        with torch.no_grad():
-            parts = {
-                name: part
-                for name, tensor in flat.tensors.items()
-                if (part := local_part(tensor) if isinstance(tensor, DTensor) else tensor) is not None
-            }
+        parts, flat = _own_parts(state() if callable(state) else state)
         self._snapshot = snapshot = self._stager.take((parts, flat.others))
         try:
             self._stager.begin(snapshot)
@@ -256,6 +262,18 @@ class _SnapshotStager(AsyncStager):
             whole = flat.tensors[name]
             entries[name] = Shard(copy, whole, self._items) if isinstance(whole, DTensor) else copy
         return StagedState(entries, {**flat.paths, STRUCTURE: (STRUCTURE,)})
+
+
+def _own_parts(state: Any) -> tuple[dict[str, torch.Tensor], FlatState]:
+    """Return the tensors that this rank copies, by their names in the flat *state*, and that."""
+    flat = flatten(state)
+    with torch.no_grad():
+        parts = {
+            name: part
+            for name, tensor in flat.tensors.items()
+            if (part := local_part(tensor) if isinstance(tensor, DTensor) else tensor) is not None
+        }
+    return parts, flat
 
 
 def collect_sharded(

@@ -189,12 +189,8 @@ class Stager:
         devices = [section.device for kind in self._kinds[:1] for section in kind.plan.sections]
         return next((one for one in devices if self._devices.cuda.serves(one)), None)
 
-    def warm_up(self, state: Any) -> StagingBuffer | None:
-        """
-        Take a buffer fit for *state*, for `StagingBuffer.touch` to be called on the thread; None if taken.
-
-        Give it back with the memory's ``release``.
-        """
+    def buffer_for(self, state: Any) -> StagingBuffer | None:
+        """Plan a snapshot of *state* and take a buffer fit for it; None if all are taken. See `give_back`."""
         tensors = tensors_in(state)
         with torch.inference_mode(False), torch.no_grad():
             plan = self._plan_for(tensors, addresses_of(tensors), set())
@@ -202,6 +198,10 @@ class Stager:
             return self._memory.acquire(plan.size)
         except RuntimeError:
             return None
+
+    def give_back(self, buffer: StagingBuffer) -> None:
+        """Let snapshots have what `buffer_for` returned. Any thread may call it."""
+        self._memory.release(buffer)
 
     def _plan_for(
         self, tensors: Sequence[torch.Tensor], addresses: list[int | None], waiting: set[int]

@@ -183,7 +183,7 @@ class FakeHandler:
         """Record the metrics in `logged`; the logs of events do not get them."""
         self.logged.update(scalars)
 
-    def prepare_saves(self, *, weights_only: bool = False) -> None:
+    def prepare_saves(self, *, weights_only: bool = False, full_state: bool = False) -> None:
         """Do nothing: there is no memory to prepare."""
 
     def keep_batch_starts(self) -> None:
