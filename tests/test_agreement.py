@@ -8,7 +8,7 @@ import pytest
 
 from trainbus import CheckpointWriteError, ranks
 from trainbus.agreement import Agreement
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EVENTS = {"trainbus.errors", "trainbus.events"}
 SUBSCRIBING = {*EVENTS, "trainbus.receiver", "trainbus.subscription"}
-FILE = {"trainbus.errors", "trainbus.checkpoint.file_format"}
+FILE = {"trainbus.errors", "trainbus.checkpoint.file_format", "trainbus.checkpoint.manifest"}
 STATE = {"trainbus.errors", "trainbus.ranks", "trainbus.state."}
 RUN = {"trainbus.errors", "trainbus.ranks", "trainbus.state.", "trainbus.loop.", "trainbus.console"}
 PUBLIC = {
@@ -21,8 +21,8 @@ PUBLIC = {
     "trainbus.ranks",
     "trainbus.callback",
     "trainbus.console",
-    "trainbus.checkpoint.file_format",
     "trainbus.checkpoint.folder",
+    "trainbus.checkpoint.manifest",
     "trainbus.checkpoint.retention",
     "trainbus.checkpoint.sharded_format",
 }
@@ -84,7 +84,8 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.warm_up": {"trainbus.checkpoint.staging_copy"},
     "trainbus.checkpoint.fence": {"trainbus.checkpoint.background_copy"},
     "trainbus.checkpoint.disk": {"trainbus.errors"},
-    "trainbus.checkpoint.file_format": {"trainbus.errors"},
+    "trainbus.checkpoint.manifest": {"trainbus.errors"},
+    "trainbus.checkpoint.file_format": {"trainbus.errors", "trainbus.checkpoint.manifest"},
     "trainbus.checkpoint.chunk_writers": {"trainbus.errors", "trainbus.checkpoint.staging_memory"},
     "trainbus.checkpoint.output_stream": {
         *FILE,
@@ -174,7 +175,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.agreement": {
         "trainbus.errors",
         "trainbus.ranks",
-        "trainbus.checkpoint.file_format",
+        "trainbus.checkpoint.manifest",
         "trainbus.checkpoint.pending_save",
     },
     "trainbus.divided_saves": {
@@ -201,7 +202,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.errors",
         "trainbus.ranks",
         "trainbus.checkpoint.background_writer",
-        "trainbus.checkpoint.file_format",
+        "trainbus.checkpoint.manifest",
         "trainbus.checkpoint.folder",
         "trainbus.state.",
     },

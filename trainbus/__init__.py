@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from trainbus.bus import EventBus as EventBus
     from trainbus.bus import Subscription as Subscription
     from trainbus.callback import Callback as Callback
-    from trainbus.checkpoint.file_format import Manifest as Manifest
     from trainbus.checkpoint.folder import CheckpointFile as CheckpointFile
     from trainbus.checkpoint.folder import CheckpointFolder as CheckpointFolder
+    from trainbus.checkpoint.manifest import Manifest as Manifest
     from trainbus.checkpoint.pending_save import PendingSave as PendingSave
     from trainbus.checkpoint.sharded_format import read_manifest as read_manifest
     from trainbus.errors import CheckpointCorruptError as CheckpointCorruptError
@@ -49,7 +49,7 @@ _HOME = {
     "CheckpointWriteError": "errors",
     "EventBus": "bus",
     "Handler": "handler",
-    "Manifest": "checkpoint.file_format",
+    "Manifest": "checkpoint.manifest",
     "PendingSave": "checkpoint.pending_save",
     "RankError": "errors",
     "RankFailedError": "errors",

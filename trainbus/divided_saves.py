@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from trainbus import ranks
-from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.load import load_file
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.nesting import tensors_in, with_tensors
 from trainbus.checkpoint.sharded import ShardedSaver
 from trainbus.checkpoint.sharded_format import read_sharded, where_it_stands

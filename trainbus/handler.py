@@ -14,8 +14,8 @@ from trainbus import ranks
 from trainbus.agreement import Agreement
 from trainbus.bus import EventBus
 from trainbus.callback import Callback, add_to
-from trainbus.checkpoint.file_format import Manifest, fit_manifest
 from trainbus.checkpoint.load import load_checkpoint
+from trainbus.checkpoint.manifest import Manifest, fit_manifest
 from trainbus.checkpoint.saver import Saver
 from trainbus.leaving import announce_and_leave, note_failures, raise_held_back
 from trainbus.loading import load_newest, own_part, read_state

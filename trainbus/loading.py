@@ -12,8 +12,8 @@ from typing import Any
 
 from trainbus import ranks
 from trainbus.checkpoint.background_writer import finish_saves
-from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.errors import CheckpointCorruptError, RankError, StateMismatchError
 from trainbus.state import rank_parts
 from trainbus.state.collect import KEYS

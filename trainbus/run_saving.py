@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainbus.agreement import Agreement
 from trainbus.bus import EventBus
 from trainbus.checkpoint import fence
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.retention import Retention
 from trainbus.checkpoint.stats import CheckpointStats

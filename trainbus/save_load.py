@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from trainbus.checkpoint.background_writer import finish_saves
-from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.load import load_checkpoint
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.saver import Saver
 from trainbus.checkpoint.verify import verify_checkpoint

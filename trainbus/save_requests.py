@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainbus import ranks
 from trainbus.agreement import Agreement
-from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFolder
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.retention import Retention, superfluous
 from trainbus.checkpoint.saver import Saver

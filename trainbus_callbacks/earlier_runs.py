@@ -8,8 +8,8 @@ import os
 import warnings
 from dataclasses import replace
 
-from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFolder
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_format import read_manifest
 from trainbus.errors import CheckpointCorruptError
 from trainbus_callbacks.best_score import Mode, Standing

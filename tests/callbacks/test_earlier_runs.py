@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 from trainbus.checkpoint.commit import commit
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.testing import FakeHandler, emit_run
 from trainbus_callbacks import ModelCheckpoint
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainbus.checkpoint.commit import commit
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 
 Write = Callable[..., Manifest]
 

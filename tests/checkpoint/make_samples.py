@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from trainbus.checkpoint.commit import commit
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 
 
 def main() -> None:

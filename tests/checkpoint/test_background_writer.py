@@ -12,7 +12,7 @@ import pytest
 
 from trainbus.checkpoint import background_writer, interpreter_exit, patience
 from trainbus.checkpoint.background_writer import BackgroundWriter, PendingSave
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.errors import CheckpointSkipped, CheckpointWriteError, HandlerClosedError
 
 MANIFEST = Manifest(contents="object", size=123)

@@ -12,8 +12,9 @@ import torch
 
 from trainbus.checkpoint.commit import commit, remove
 from trainbus.checkpoint.disk import Disk
-from trainbus.checkpoint.file_format import Manifest, read_manifest
+from trainbus.checkpoint.file_format import read_manifest
 from trainbus.checkpoint.load import load_file
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.testing.faults import CALLS, FaultyDisk
 
 MANIFEST = Manifest(contents="object")

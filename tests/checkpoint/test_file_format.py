@@ -9,14 +9,8 @@ import pytest
 import torch
 import xxhash
 
-from trainbus.checkpoint.file_format import (
-    MAX_MANIFEST_BYTES,
-    Manifest,
-    fit_manifest,
-    open_regular,
-    read_manifest,
-    seal,
-)
+from trainbus.checkpoint.file_format import open_regular, read_manifest, seal
+from trainbus.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, fit_manifest
 from trainbus.errors import CheckpointCorruptError
 
 END_RECORD = b"PK\x05\x06" + bytes(18)
@@ -316,9 +310,9 @@ class TestReadManifest:
         """
         No field of the manifest is without a check of its type.
         """
-        from trainbus.checkpoint import file_format
+        from trainbus.checkpoint import manifest
 
-        assert list(file_format._DECODERS) == [entry.name for entry in fields(Manifest)]
+        assert list(manifest._DECODERS) == [entry.name for entry in fields(Manifest)]
 
 
 class TestOpenRegular:

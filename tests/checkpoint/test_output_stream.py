@@ -13,7 +13,7 @@ import xxhash
 
 from trainbus.checkpoint.chunk_writers import CHUNK_BYTES, ChunkWriters
 from trainbus.checkpoint.disk import Disk
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
 
 MANIFEST = Manifest(contents="object")

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.errors import CheckpointSkipped, CheckpointWriteError
 

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFile
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.retention import KeepBest, KeepEvery, KeepLast, superfluous
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from trainbus.checkpoint.background_writer import BackgroundWriter, PendingSave
 from trainbus.checkpoint.commit import commit
-from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFolder
 from trainbus.checkpoint.load import load_file
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.staging_copy import take_snapshot
 from trainbus.checkpoint.staging_memory import StagingMemory
 

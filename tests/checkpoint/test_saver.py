@@ -18,8 +18,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from trainbus.checkpoint import archive, background_copy, fence, saver, staging_copy
 from trainbus.checkpoint.background_copy import BackgroundCopy
-from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.load import load_file
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.saver import Saver
 from trainbus.checkpoint.staging_memory import StagingBuffer

@@ -11,7 +11,7 @@ import pytest
 from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.commit import remove
 from trainbus.checkpoint.disk import Disk
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_commit import PendingFolder, Written, write_file
 from trainbus.checkpoint.sharded_format import METADATA, read_manifest
 from trainbus.checkpoint.temporary import sweep

@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 import trainbus
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_format import (
     DIGESTS,
     MANIFEST,

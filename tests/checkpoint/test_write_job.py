@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.retries import MOST_SECONDS, MOST_TRIES, PAUSES, is_transient
 from trainbus.checkpoint.write_job import WriteJob

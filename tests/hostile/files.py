@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import xxhash
 
-from trainbus.checkpoint.file_format import END_RECORD_BYTES, Manifest, seal
+from trainbus.checkpoint.file_format import END_RECORD_BYTES, seal
+from trainbus.checkpoint.manifest import Manifest
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")

@@ -16,7 +16,7 @@ import torch
 
 import trainbus
 from trainbus import CheckpointCorruptError, CheckpointFolder, Handler
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 
 from .files import (
     MEMORY,

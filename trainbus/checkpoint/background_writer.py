@@ -26,7 +26,7 @@ from trainbus.checkpoint.write_job import WriteJob, absolute
 from trainbus.errors import HandlerClosedError
 
 if TYPE_CHECKING:
-    from trainbus.checkpoint.file_format import Manifest
+    from trainbus.checkpoint.manifest import Manifest
 
 __all__ = ["BackgroundWriter", "finish_saves"]
 

@@ -12,7 +12,7 @@ from typing import BinaryIO, cast
 
 from trainbus.checkpoint.chunk_writers import CHUNK_BYTES, ChunkWriters
 from trainbus.checkpoint.disk import Disk, disk_in_use
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
 from trainbus.checkpoint.sharded_commit import remove_sharded
 from trainbus.checkpoint.sharded_format import is_sharded

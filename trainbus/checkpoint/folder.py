@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from trainbus.checkpoint.file_format import Manifest, ends_in_manifest, open_regular, read_manifest
+from trainbus.checkpoint.file_format import ends_in_manifest, open_regular, read_manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_format import is_sharded, read_sharded
 from trainbus.errors import CheckpointCorruptError
 

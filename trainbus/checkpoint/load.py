@@ -10,7 +10,8 @@ from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
-from trainbus.checkpoint.file_format import END_RECORD_BYTES, Manifest, open_regular, read_ending
+from trainbus.checkpoint.file_format import END_RECORD_BYTES, open_regular, read_ending
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_format import where_it_stands
 from trainbus.checkpoint.verify import check_digest
 from trainbus.errors import CheckpointCorruptError, UntrustedPickleError

@@ -13,7 +13,8 @@ import xxhash
 
 from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.disk import Disk
-from trainbus.checkpoint.file_format import END_RECORD_BYTES, Manifest, seal
+from trainbus.checkpoint.file_format import END_RECORD_BYTES, seal
+from trainbus.checkpoint.manifest import Manifest
 
 __all__ = ["OutputStream"]
 

@@ -11,7 +11,7 @@ from trainbus.checkpoint.stats import SaveTimes
 from trainbus.errors import CheckpointError, CheckpointSkipped
 
 if TYPE_CHECKING:
-    from trainbus.checkpoint.file_format import Manifest
+    from trainbus.checkpoint.manifest import Manifest
 
 __all__ = ["PendingSave"]
 

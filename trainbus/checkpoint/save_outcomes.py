@@ -15,7 +15,7 @@ from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.errors import CheckpointError, CheckpointSkipped, CheckpointWriteError
 
 if TYPE_CHECKING:
-    from trainbus.checkpoint.file_format import Manifest
+    from trainbus.checkpoint.manifest import Manifest
 
 __all__ = ["SaveOutcomes"]
 

@@ -22,7 +22,7 @@ from trainbus.checkpoint.background_copy import BackgroundCopy
 from trainbus.checkpoint.background_writer import BackgroundWriter
 from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.commit import commit
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory

@@ -32,7 +32,7 @@ from torch.profiler import record_function
 from trainbus.checkpoint import collector
 from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.disk import disk_in_use
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_state import STRUCTURE, FlatState, flatten, local_part
 from trainbus.checkpoint.sharded_writer import WHOLE, Failure, Shard, ShardPlanner, ShardWriter, StagedState
 from trainbus.checkpoint.staging_copy import Snapshot, Stager

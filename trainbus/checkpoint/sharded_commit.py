@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.disk import Disk
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
 from trainbus.checkpoint.sharded_format import DIGESTS, MANIFEST, METADATA, seal_folder
 from trainbus.checkpoint.temporary import create_temporary_folder, discard, replaced_name

@@ -18,14 +18,8 @@ from dataclasses import dataclass
 import xxhash
 
 from trainbus.checkpoint import file_format
-from trainbus.checkpoint.file_format import (
-    MAX_MANIFEST_BYTES,
-    NO_DIGEST,
-    Manifest,
-    open_regular,
-    parse_manifest,
-    seal_alone,
-)
+from trainbus.checkpoint.file_format import open_regular, parse_manifest, seal_alone
+from trainbus.checkpoint.manifest import MAX_MANIFEST_BYTES, NO_DIGEST, Manifest
 from trainbus.checkpoint.temporary import REPLACED
 from trainbus.errors import CheckpointCorruptError
 

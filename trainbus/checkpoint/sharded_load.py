@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.outline import TensorOutline
 from trainbus.checkpoint.sharded_format import METADATA, ShardedFiles, read_sharded, where_it_stands
 from trainbus.checkpoint.sharded_state import STRUCTURE, flatten, names_in, part_of, unflatten

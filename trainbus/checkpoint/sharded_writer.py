@@ -24,7 +24,7 @@ from trainbus.checkpoint import collector
 from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.commit import durability_of
 from trainbus.checkpoint.disk import Disk
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_commit import PendingFolder, Written, write_file
 from trainbus.checkpoint.sharded_format import METADATA
 from trainbus.checkpoint.sharded_state import STRUCTURE

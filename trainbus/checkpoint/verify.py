@@ -8,7 +8,8 @@ from typing import BinaryIO
 
 import xxhash
 
-from trainbus.checkpoint.file_format import NO_DIGEST, Ending, Manifest, open_regular, read_ending
+from trainbus.checkpoint.file_format import Ending, open_regular, read_ending
+from trainbus.checkpoint.manifest import NO_DIGEST, Manifest
 from trainbus.checkpoint.sharded_format import ShardedFiles, read_sharded, where_it_stands
 from trainbus.errors import CheckpointCorruptError
 

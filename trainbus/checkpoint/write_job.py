@@ -14,7 +14,7 @@ from trainbus.checkpoint.retries import MOST_SECONDS, MOST_TRIES, PAUSES, is_tra
 from trainbus.errors import CheckpointWriteError
 
 if TYPE_CHECKING:
-    from trainbus.checkpoint.file_format import Manifest
+    from trainbus.checkpoint.manifest import Manifest
 
 __all__ = ["WriteJob", "absolute"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import typer
 
-from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.load import load_checkpoint
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.cli.whole_file import write_whole
 from trainbus.errors import MissingExtraError, TrainbusError
 

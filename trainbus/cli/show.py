@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.outline import Opaque, TensorOutline, read_outline
 from trainbus.checkpoint.sharded_format import is_sharded, read_manifest
 from trainbus.cli.text import printable

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trainbus.checkpoint.file_format import Manifest, read_manifest
+from trainbus.checkpoint.file_format import read_manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_format import is_sharded, read_sharded
 from trainbus.checkpoint.verify import damaged_shards, verify_checkpoint
 from trainbus.errors import CheckpointCorruptError, TrainbusError

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from trainbus.checkpoint.file_format import Manifest
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
 from trainbus.checkpoint.load import load_file
+from trainbus.checkpoint.manifest import Manifest
 
 __all__ = ["checkpoints_below", "file_differences", "state_differences", "value_differences"]
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from trainbus.bus import EventBus
 from trainbus.callback import Callback, add_to
-from trainbus.checkpoint.file_format import Manifest
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.retention import Retention
 from trainbus.errors import CheckpointSkipped, CheckpointWriteError

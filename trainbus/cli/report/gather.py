@@ -7,8 +7,9 @@ import os
 import time
 from collections.abc import Sequence
 
-from trainbus.checkpoint.file_format import Manifest, read_manifest
+from trainbus.checkpoint.file_format import read_manifest
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder, best_of, latest_of
+from trainbus.checkpoint.manifest import Manifest
 from trainbus.cli.ls import judged_by
 from trainbus.cli.report.run_data import Checkpoint, Curve, Part, RunData, Span
 from trainbus.cli.report.words import counted
