@@ -875,6 +875,29 @@ class TestCopyThread:
 
         assert threading.active_count() == before
 
+    def test_uses_one_core(self):
+        """
+        The thread lets torch use one core, and those of all others as many as before.
+        """
+        numbers: list[int] = []
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            thread, done = CopyThread(), threading.Event()
+            thread.start()
+            thread.call(lambda: numbers.append(torch.get_num_threads()))
+            thread.call(done.set)
+            assert done.wait(TOO_LONG)
+            other = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
+            other.start()
+            other.join(TOO_LONG)
+            numbers.append(torch.get_num_threads())
+            thread.close()
+        finally:
+            torch.set_num_threads(before)
+
+        assert numbers == [1, 3, 3]
+
     def test_close(self):
         """
         The thread ends when it has done what it was given; closing does not wait, also twice.

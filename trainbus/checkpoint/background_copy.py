@@ -334,8 +334,11 @@ class CopyThread:
 
 
 def _run(jobs: queue.SimpleQueue[Callable[[], None] | None], ready: threading.Event) -> None:
-    # A second team of OpenMP threads beside the training's would fight it for the same cores.
+    # A second team of OpenMP threads beside the training's would fight it for the same cores, and while
+    # there are more threads than cores libgomp lets all of them sleep between two loops.
     torch.set_num_threads(1)
+    # A thread takes over what was set last, on any thread, when it first asks: now, before others set it.
+    torch.get_num_threads()
     ready.set()
     while (job := jobs.get()) is not None:
         try:
