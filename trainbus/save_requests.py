@@ -155,8 +155,10 @@ class SaveRequests:
                 state = self._collect(weights_only, self._parts_of_all())
                 self._divided.prepare(to_plain(state, divided=True))
 
-    def _parts_of_all(self) -> list[dict[str, Any]]:
+    def _parts_of_all(self) -> list[dict[str, Any]] | None:
         """Return what stands for all ranks' parts of a save, in as many bytes: this one's."""
+        if self._handler.rank != 0 or not ranks.together():
+            return None
         return [rank_parts.give(self._moments.collect())] * ranks.world_size()
 
     def reserve(self, folder: str, template: str) -> None:

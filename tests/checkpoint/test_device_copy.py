@@ -162,6 +162,28 @@ class TestPutAside:
 
         assert target.view(torch.float64).equal(tensor)
 
+    def test_states_that_take_turns(self, monkeypatch):
+        """
+        A full state and weights alone, saved in turns, are each cut out of the device's memory once.
+        """
+        made, places = [], device_copy._places
+        monkeypatch.setattr(
+            device_copy, "_places", lambda plan, *rest: made.append(plan) or places(plan, *rest)
+        )
+        cuda = SimulatedCuda(Random(2))
+        stager = Stager(StagingMemory(), cuda=cuda)
+        weights, others = [torch.zeros(300)], [torch.zeros(7)]
+        for number in range(6):
+            cuda.launch(lambda number=number: weights[0].fill_(number))
+            snapshot = stager.take({"weights": weights, **({} if number % 2 else {"others": others})})
+            stager.begin(snapshot)
+            snapshot.wait()
+            assert snapshot.state["weights"][0].tolist() == [number] * 300
+            snapshot.release()
+        stager.thread.close()
+
+        assert len(made) == 2
+
     def test_next_copy_waits_until_the_last_is_begun(self):
         """
         What was put aside is not written over before the copying thread has asked for it.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trainbus.checkpoint.cuda import Cuda
-from trainbus.checkpoint.snapshot_plan import Section, SnapshotPlan
+from trainbus.checkpoint.snapshot_plan import KINDS_KEPT, Section, SnapshotPlan
 from trainbus.checkpoint.staging_memory import StagingBuffer
 
 __all__ = ["DeviceStaging", "pieces", "pin"]
@@ -95,8 +95,8 @@ class _Device:
         self._aside: torch.Tensor | None = None
         self._refused: int | None = None  # bytes that could not be had
         self._fetched: Any = None  # the event after which the copy put aside may be written over
-        self._plan: SnapshotPlan | None = None
-        self._places: list[torch.Tensor] = []
+        # Where the ranges go, for each kind of states that take turns, the last one first.
+        self._places: list[tuple[SnapshotPlan, list[torch.Tensor]]] = []
 
     def reserve(self, size: int, *, careful: bool) -> bool:
         if self._aside is not None and self._aside.numel() >= size:
@@ -105,7 +105,7 @@ class _Device:
             return False
         # The memory goes back to this stream's pool, so what comes next there must wait for the fetch.
         self._wait_until_fetched()
-        self._aside, self._plan, self._places = None, None, []
+        self._aside, self._places = None, []
         if not careful or self._leaves_enough(size):
             try:
                 self._aside = self._cuda.allocate(size, self._device)
@@ -133,11 +133,9 @@ class _Device:
         target: torch.Tensor,
     ) -> Fetch:
         assert self._aside is not None
-        if self._plan is not plan:
-            self._plan = plan
-            self._places = list(_places(plan, sections, self._aside))
+        places = self._places_for(plan, sections, self._aside)
         self._wait_until_fetched()
-        for into, outof in _by_dtype(self._places, sources):
+        for into, outof in _by_dtype(places, sources):
             self._cuda.copy(into, outof)
         cuts = list(pieces(sections[0].start, target.numel()))
         fetch = self.fetch(
@@ -147,6 +145,15 @@ class _Device:
         )
         self._fetched = fetch.fetched
         return fetch
+
+    def _places_for(
+        self, plan: SnapshotPlan, sections: Sequence[Section], aside: torch.Tensor
+    ) -> list[torch.Tensor]:
+        kind = next((one for one in self._places if one[0] is plan), None)
+        if kind is None:
+            kind = plan, list(_places(plan, sections, aside))
+        self._places = [kind, *(one for one in self._places if one is not kind)][:KINDS_KEPT]
+        return kind[1]
 
     def fetch(self, sources: list[torch.Tensor], targets: list[torch.Tensor], *, in_place: bool) -> Fetch:
         ready, fetched = self._cuda.event(), self._cuda.event()

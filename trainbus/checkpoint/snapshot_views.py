@@ -9,13 +9,10 @@ import torch
 
 from trainbus.checkpoint.archive import Image
 from trainbus.checkpoint.device_copy import pieces
-from trainbus.checkpoint.snapshot_plan import ByteRange, Layout, Section, SnapshotPlan
+from trainbus.checkpoint.snapshot_plan import KINDS_KEPT, ByteRange, Layout, Section, SnapshotPlan
 from trainbus.checkpoint.staging_memory import StagingBuffer
 
-__all__ = ["KINDS_KEPT", "Views", "views_of"]
-
-KINDS_KEPT = 4
-"""Kinds of states that may take turns, such as all of a run and its weights, without being planned anew."""
+__all__ = ["Views", "views_of"]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from trainbus.checkpoint.device_copy import DeviceStaging, pin
 from trainbus.checkpoint.nesting import path_to, tensors_in, with_tensors
 from trainbus.checkpoint.snapshot_plan import (
     COPIED_DEVICES,
+    KINDS_KEPT,
     Section,
     SnapshotPlan,
     addresses_of,
@@ -31,7 +32,7 @@ from trainbus.checkpoint.snapshot_plan import (
     fingerprint,
     make_plan,
 )
-from trainbus.checkpoint.snapshot_views import KINDS_KEPT, Views, views_of
+from trainbus.checkpoint.snapshot_views import Views, views_of
 from trainbus.checkpoint.staging_memory import StagingBuffer, StagingMemory
 from trainbus.checkpoint.zip_records import ROOM
 
