@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.background_copy": {"trainbus.errors"},
     "trainbus.checkpoint.cuda": set(),
     "trainbus.checkpoint.device_copy": {
+        "trainbus.checkpoint.kinds_kept",
         "trainbus.checkpoint.cuda",
         "trainbus.checkpoint.snapshot_plan",
         "trainbus.checkpoint.staging_memory",
@@ -65,12 +66,15 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.zip_records",
     },
     "trainbus.checkpoint.snapshot_views": {
+        "trainbus.checkpoint.kinds_kept",
         "trainbus.checkpoint.archive",
         "trainbus.checkpoint.device_copy",
         "trainbus.checkpoint.snapshot_plan",
         "trainbus.checkpoint.staging_memory",
     },
+    "trainbus.checkpoint.kinds_kept": set(),
     "trainbus.checkpoint.staging_copy": {
+        "trainbus.checkpoint.kinds_kept",
         "trainbus.checkpoint.archive",
         "trainbus.checkpoint.background_copy",
         "trainbus.checkpoint.cuda",

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainbus.checkpoint import snapshot_plan, staging_copy
-from trainbus.checkpoint.snapshot_plan import KINDS_KEPT, SMALLEST_WAITING
+from trainbus.checkpoint.kinds_kept import KINDS_KEPT
+from trainbus.checkpoint.snapshot_plan import SMALLEST_WAITING
 from trainbus.checkpoint.staging_copy import Snapshot, Stager, take_snapshot
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.errors import SnapshotChangedError

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from trainbus.checkpoint.cuda import Cuda
-from trainbus.checkpoint.snapshot_plan import KINDS_KEPT, Section, SnapshotPlan
+from trainbus.checkpoint.kinds_kept import keep_kinds
+from trainbus.checkpoint.snapshot_plan import Section, SnapshotPlan
 from trainbus.checkpoint.staging_memory import StagingBuffer
 
 __all__ = ["DeviceStaging", "pieces", "pin"]
@@ -152,7 +153,7 @@ class _Device:
         kind = next((one for one in self._places if one[0] is plan), None)
         if kind is None:
             kind = plan, list(_places(plan, sections, aside))
-        self._places = [kind, *(one for one in self._places if one is not kind)][:KINDS_KEPT]
+        self._places = keep_kinds(kind, self._places)
         return kind[1]
 
     def fetch(self, sources: list[torch.Tensor], targets: list[torch.Tensor], *, in_place: bool) -> Fetch:

@@ -13,7 +13,6 @@ import torch
 __all__ = [
     "ALIGNMENT",
     "COPIED_DEVICES",
-    "KINDS_KEPT",
     "SMALLEST_WAITING",
     "ByteRange",
     "Layout",
@@ -33,9 +32,6 @@ SMALLEST_WAITING = 64 << 10
 
 ALIGNMENT = 64
 """Bytes at whose multiples ranges begin in a buffer; enough for every type."""
-
-KINDS_KEPT = 4
-"""Kinds of states that may take turns, such as all of a run and its weights, without being planned anew."""
 
 # Subclasses may keep their data anywhere; only these two are known not to.
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))

@@ -9,7 +9,8 @@ import torch
 
 from trainbus.checkpoint.archive import Image
 from trainbus.checkpoint.device_copy import pieces
-from trainbus.checkpoint.snapshot_plan import KINDS_KEPT, ByteRange, Layout, Section, SnapshotPlan
+from trainbus.checkpoint.kinds_kept import keep_kinds
+from trainbus.checkpoint.snapshot_plan import ByteRange, Layout, Section, SnapshotPlan
 from trainbus.checkpoint.staging_memory import StagingBuffer
 
 __all__ = ["Views", "views_of"]
@@ -75,7 +76,7 @@ def views_of(buffer: StagingBuffer, plan: SnapshotPlan) -> Views:
     views = next((one for one in kept if one.plan is plan or one.plan == plan), None)
     if views is None:
         views = _cut_up(buffer, plan)
-    buffer.views = [views, *(one for one in kept if one is not views)][:KINDS_KEPT]
+    buffer.views = keep_kinds(views, kept)
     return views
 
 

@@ -21,10 +21,10 @@ from trainbus.checkpoint.background_copy import (
 )
 from trainbus.checkpoint.cuda import Cuda
 from trainbus.checkpoint.device_copy import DeviceStaging, pin
+from trainbus.checkpoint.kinds_kept import keep_kinds
 from trainbus.checkpoint.nesting import path_to, tensors_in, with_tensors
 from trainbus.checkpoint.snapshot_plan import (
     COPIED_DEVICES,
-    KINDS_KEPT,
     Section,
     SnapshotPlan,
     addresses_of,
@@ -217,7 +217,7 @@ class Stager:
                 if address != before:
                     check_bounds(tensor)
             kind.addresses = addresses
-        self._kinds = [kind, *(one for one in self._kinds if one is not kind)][:KINDS_KEPT]
+        self._kinds = keep_kinds(kind, self._kinds)
         return kind.plan
 
     def _take_into(
