@@ -147,13 +147,14 @@ class SaveRequests:
 
     def prepare(self, *, weights_only: bool, full_state: bool) -> None:
         """Do what `Handler.prepare_saves` does."""
+        is_divided = self._divided is not None
+        if full_state if is_divided else self._handler.rank != 0:
+            return
         # What is wrong with the state is told by the save, and on all ranks.
         with contextlib.suppress(Exception):
-            if self._divided is None and self._handler.rank == 0:
-                self._saver.prepare(to_plain(self._collect(weights_only, self._parts_of_all())))
-            elif self._divided is not None and not full_state:
-                state = self._collect(weights_only, self._parts_of_all())
-                self._divided.prepare(to_plain(state, divided=True))
+            given = None if weights_only else self._parts_of_all()
+            state = to_plain(self._collect(weights_only, given), divided=is_divided)
+            (self._divided or self._saver).prepare(state)
 
     def _parts_of_all(self) -> list[dict[str, Any]] | None:
         """Return what stands for all ranks' parts of a save, in as many bytes: this one's."""
