@@ -69,7 +69,7 @@ class TestFile:
         """
         The zip's sums hold, also where a record is summed up in several pieces.
         """
-        monkeypatch.setattr(archive, "_PIECE", 1000)
+        monkeypatch.setattr(archive, "_AT_ONCE", 8192)
         image, tensors = on_image(5000, 1, 250, 251)
 
         file = zipfile.ZipFile(written(tensors, image))
@@ -116,7 +116,6 @@ class TestInPlace:
         All tensors are handed on from where they lie, at a multiple of a block of the file, piece by piece.
         """
         monkeypatch.setattr(archive, "_AT_ONCE", 3 * 4096)
-        monkeypatch.setattr(archive, "_PIECE", 1000)
         image, tensors = on_image(4000, 50, 7000, 3)
 
         stream = written(tensors, image)

@@ -65,6 +65,21 @@ class TestThreads:
         assert done.acquire(timeout=WAIT)
         assert done.acquire(timeout=WAIT)
 
+    def test_caller_keeps_step_with_the_disk(self, writers):
+        """
+        As many writes are taken as there are threads; the next one is taken when one is done.
+        """
+        gate, taken = threading.Event(), threading.Event()
+        for _ in range(2):
+            writers.write(None, lambda: gate.wait(WAIT))
+        calling = threading.Thread(target=lambda: (writers.write(None, lambda: None), taken.set()))
+        calling.start()
+
+        assert not taken.wait(0.05)
+        gate.set()
+        assert taken.wait(WAIT)
+        calling.join(WAIT)
+
     def test_without_threads(self):
         """
         With no threads, the caller writes.
@@ -98,6 +113,48 @@ class TestThreads:
         writers.write(writers.take(), again.set)
         assert again.wait(WAIT)
         writers.close()
+
+    def test_started_again_before_the_last_has_ended(self):
+        """
+        Threads that begin while others still end do not end with them.
+        """
+        writers = ChunkWriters(threads=1, chunk_bytes=4096)
+        writers.start()
+        gate = threading.Event()
+        writers.write(None, lambda: gate.wait(WAIT))
+        writers.close()
+        writers.start()
+        gate.set()
+
+        for _ in range(3):
+            done = threading.Event()
+            writers.write(None, done.set)
+            assert done.wait(WAIT)
+        writers.close()
+
+    def test_closed_while_a_caller_waits(self, writers):
+        """
+        A write that waits for a thread when all are told to end is done by its caller.
+        """
+        gate, ready = threading.Event(), threading.Semaphore(0)
+        for _ in range(2):
+            writers.write(None, lambda: (ready.release(), gate.wait(WAIT)))
+        for _ in range(2):
+            assert ready.acquire(timeout=WAIT)
+        written_by: list[str] = []
+
+        def write() -> None:
+            for _ in range(3):
+                writers.write(None, lambda: written_by.append(threading.current_thread().name))
+
+        calling = threading.Thread(target=write, name="caller", daemon=True)
+        calling.start()
+        calling.join(0.05)
+        writers.close()
+        gate.set()
+        calling.join(WAIT)
+
+        assert written_by == ["caller"] * 3
 
     def test_child_begins_anew(self, writers):
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import threading
+import queue
 import time
 from types import TracebackType
 
@@ -59,8 +59,8 @@ class OutputStream:
         self._handed_on = 0
         self._hasher = xxhash.xxh3_128()
         self._bypassing = False
-        self._changed = threading.Condition()
         self._in_flight = 0
+        self._written: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def __enter__(self) -> OutputStream:
         return self
@@ -178,8 +178,7 @@ class OutputStream:
             with contextlib.suppress(OSError):  # then it goes through the cache
                 self._bypassing = self._disk.bypass_cache(self._fd, True)
         self._hasher.update(data)
-        with self._changed:
-            self._in_flight += 1
+        self._in_flight += 1
         self._handed_on += len(data)
         self._writers.write(chunk, lambda: self._write_chunk(data, position))
 
@@ -188,9 +187,7 @@ class OutputStream:
             if self.error is None:
                 self._write_all(chunk, position)
         finally:
-            with self._changed:
-                self._in_flight -= 1
-                self._changed.notify_all()
+            self._written.put(None)
 
     def _write_all(self, data: memoryview, position: int) -> None:
         try:
@@ -199,8 +196,7 @@ class OutputStream:
                 data, position = data[count:], position + count
         except BaseException as error:
             # Of any kind: what ends up nowhere would leave a hole in the file.
-            with self._changed:
-                self.error = self.error or error
+            self.error = self.error or error
 
     def _write_some(self, data: memoryview, position: int) -> int:
         bypassing = self._bypassing
@@ -226,8 +222,9 @@ class OutputStream:
         self._bypassing = False
 
     def _wait(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._in_flight)
+        while self._in_flight:
+            self._written.get()
+            self._in_flight -= 1
 
     def _raise_error(self) -> None:
         if self.error is not None:
