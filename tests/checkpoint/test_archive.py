@@ -48,6 +48,30 @@ def written(state: Any, image: Image) -> Parts:
 
 
 class TestFile:
+    def test_tensors_that_are_still_copied(self):
+        """
+        What stands around the tensors is made before their bytes are there; these are waited for.
+        """
+        image, (tensor,) = on_image(1000)
+        told: list[str] = []
+
+        class State(dict):
+            def __reduce__(self):
+                told.append("pickled")
+                return dict, (list(self.items()),)
+
+        def arrive() -> None:
+            told.append("arrived")
+            tensor.fill_(7)
+
+        stream = Parts()
+        assert write_archive(State(tensor=tensor), image, stream, arrive)
+
+        assert told == ["pickled", "arrived"]
+        stream.seek(0)
+        assert torch.load(stream, weights_only=False)["tensor"].eq(7).all()
+        assert zipfile.ZipFile(stream).testzip() is None
+
     @pytest.mark.parametrize("mapped", [False, True])
     def test_is_loaded_by_torch(self, tmp_path, mapped):
         """

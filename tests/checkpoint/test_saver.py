@@ -18,6 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from trainbus.checkpoint import archive, background_copy, fence, saver, staging_copy
 from trainbus.checkpoint.background_copy import BackgroundCopy
+from trainbus.checkpoint.disk import Disk, use_disk
 from trainbus.checkpoint.load import load_file
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
@@ -221,6 +222,27 @@ class TestFence:
 
         assert gate.is_set()
         assert training.values(pending) == {0.0}
+
+    def test_file_is_begun_meanwhile(self, train, gate):
+        """
+        The writer has begun the file before the weight is copied, and waits for it only then.
+        """
+        begun = threading.Event()
+
+        class Noted(Disk):
+            def create(self, folder: int, name: str) -> int:
+                begun.set()
+                return super().create(folder, name)
+
+        with use_disk(Noted()):
+            training = train(snapshot="overlap")
+            pending = training.save()
+
+            assert begun.wait(WAIT / 2)  # longer, and the copy would not wait for the gate any more
+            assert not gate.is_set()
+            assert not pending.done()
+            training.step()
+            assert training.values(pending) == {0.0}
 
     @pytest.mark.parametrize("why", ["auto", "no optimizers", "within a step"])
     def test_copied_at_once(self, train, gate, why):
@@ -813,6 +835,25 @@ def test_file_is_equal_either_way(train, monkeypatch, works):
     with zipfile.ZipFile(save.path) as file:
         assert file.testzip() is None
         assert ("archive/.format_version" in file.namelist()) is not works
+
+
+def test_copy_is_waited_for_either_way(train, gate, monkeypatch):
+    """
+    A save that has to go through ``torch.save`` waits for the copy before it.
+    """
+    asked, saving = threading.Event(), threading.Event()
+    save = torch.save
+    monkeypatch.setattr(archive, "_works", asked.set)  # which returns None
+    monkeypatch.setattr(torch, "save", lambda *args: (saving.set(), save(*args)))
+    training = train(snapshot="overlap")
+
+    pending = training.save()
+    assert asked.wait(WAIT)
+    assert not saving.wait(0.05)
+    training.step()
+
+    assert training.values(pending) == {0.0}
+    assert saving.is_set()
 
 
 def test_copying_thread_ends(train):

@@ -7,7 +7,7 @@ import io
 import logging
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,7 +66,9 @@ class Image:
         return Reductions(self._tensors)
 
 
-def write_archive(state: Any, image: Image, stream: Stream) -> bool:
+def write_archive(
+    state: Any, image: Image, stream: Stream, wait_for_bytes: Callable[[], None] = lambda: None
+) -> bool:
     """
     Write *state* so that ``torch.load`` opens it, with and without ``mmap``.
 
@@ -77,6 +79,8 @@ def write_archive(state: Any, image: Image, stream: Stream) -> bool:
         state: What the file is to hold; its tensors lie on the CPU.
         image: Memory that holds most of them. What stands between them is overwritten.
         stream: Where to.
+        wait_for_bytes: Called before the first byte of a tensor is read. What stands around them in
+            the file is made while they are still copied.
 
     Returns:
         False, with nothing written, if only ``torch.save`` can be trusted to write it.
@@ -87,6 +91,7 @@ def write_archive(state: Any, image: Image, stream: Stream) -> bool:
     placed, others = _sorted(storages, image)
     if len(placed) != image.count or any(one.device.type != "cpu" for one in storages):
         return False
+    wait_for_bytes()
     _Archive(stream).write(data, placed, others, image)
     return True
 

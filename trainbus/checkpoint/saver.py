@@ -136,7 +136,6 @@ class Saver:
         path = os.path.abspath(pending.path)
 
         def write() -> Manifest:
-            snapshot.wait()
             self._sweeper.sweep_once(os.path.dirname(path))
             return commit(
                 path,
@@ -254,7 +253,8 @@ class Saver:
 def _serialize(snapshot: Snapshot, stream: BinaryIO) -> None:
     assert snapshot.image is not None
     with collector.paused():
-        if not write_archive(snapshot.state, snapshot.image, cast(Stream, stream)):
+        if not write_archive(snapshot.state, snapshot.image, cast(Stream, stream), snapshot.wait):
+            snapshot.wait()
             # Set on this thread, because torch's options belong to one each. Other tools check these sums.
             torch.serialization.set_crc32_options(True)
             torch.save(snapshot.state, stream)
