@@ -160,7 +160,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "trainbus.checkpoint.folder": {*FILE, "trainbus.checkpoint.sharded_format"},
     "trainbus.checkpoint.retention": {*FILE, "trainbus.checkpoint.folder"},
-    "trainbus.checkpoint.verify": {*FILE, "trainbus.checkpoint.sharded_format"},
+    "trainbus.checkpoint.digest": set(),
+    "trainbus.checkpoint.verify": {
+        *FILE,
+        "trainbus.checkpoint.digest",
+        "trainbus.checkpoint.sharded_format",
+    },
     "trainbus.checkpoint.outline": FILE,
     "trainbus.checkpoint.load": {
         *FILE,

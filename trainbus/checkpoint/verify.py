@@ -8,14 +8,13 @@ from typing import BinaryIO
 
 import xxhash
 
+from trainbus.checkpoint.digest import hash_bytes
 from trainbus.checkpoint.file_format import Ending, open_regular, read_ending
 from trainbus.checkpoint.manifest import NO_DIGEST, Manifest
 from trainbus.checkpoint.sharded_format import ShardedFiles, read_sharded, where_it_stands
 from trainbus.errors import CheckpointCorruptError
 
 __all__ = ["check_digest", "check_shards", "damaged_shards", "verify_checkpoint", "verify_file"]
-
-_READ_AT_A_TIME = 512 << 10  # stays in the cache of a core until it is hashed
 
 
 def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
@@ -61,18 +60,10 @@ def _digest_of(path: str) -> str | None:
     hasher = xxhash.xxh3_128()
     try:
         with open_regular(path) as file:
-            _feed(hasher, file, os.fstat(file.fileno()).st_size)
+            hash_bytes(hasher, file.fileno(), os.fstat(file.fileno()).st_size)
     except (FileNotFoundError, CheckpointCorruptError):
         return None
     return hasher.hexdigest()
-
-
-def _feed(hasher: xxhash.xxh3_128, file: BinaryIO, size: int) -> None:
-    """Hash the next *size* bytes of a file, or those that are there."""
-    chunk = memoryview(bytearray(min(_READ_AT_A_TIME, size)))
-    while size and (count := file.readinto(chunk[:size])):  # type: ignore[attr-defined]
-        hasher.update(chunk[:count])
-        size -= count
 
 
 def verify_file(path: str | os.PathLike[str]) -> Manifest:
@@ -99,9 +90,9 @@ def check_digest(file: BinaryIO, path: str | os.PathLike[str], ending: Ending) -
         CheckpointCorruptError: Any bit differs from what was written.
     """
     hasher = xxhash.xxh3_128()
-    file.seek(0)
-    _feed(hasher, file, ending.digest_at)
+    hash_bytes(hasher, file.fileno(), ending.digest_at)
     hasher.update(NO_DIGEST.encode())
-    hasher.update(file.read()[len(NO_DIGEST) :])
+    file.seek(ending.digest_at + len(NO_DIGEST))
+    hasher.update(file.read())
     if hasher.hexdigest() != ending.manifest.digest:
         raise CheckpointCorruptError(path, "its bytes do not have the digest they were written with")
