@@ -52,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.collector": set(),
     "trainbus.checkpoint.nesting": set(),
     "trainbus.checkpoint.background_copy": {"trainbus.errors"},
+    "trainbus.checkpoint.copy_thread": {"trainbus.checkpoint.background_copy"},
     "trainbus.checkpoint.cuda": set(),
     "trainbus.checkpoint.device_copy": {
         "trainbus.checkpoint.kinds_kept",
@@ -77,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.kinds_kept",
         "trainbus.checkpoint.archive",
         "trainbus.checkpoint.background_copy",
+        "trainbus.checkpoint.copy_thread",
         "trainbus.checkpoint.cuda",
         "trainbus.checkpoint.device_copy",
         "trainbus.checkpoint.nesting",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from trainbus.checkpoint.commit import commit
+from trainbus.checkpoint.copy_thread import CopyThread
 from trainbus.checkpoint.manifest import Manifest
 
 Write = Callable[..., Manifest]
@@ -24,3 +25,12 @@ def _write() -> Write:
         return commit(path, manifest, lambda stream: torch.save(state, stream))
 
     return write
+
+
+@pytest.fixture(name="thread")
+def _thread() -> Iterator[CopyThread]:
+    """One that runs and copies in the background."""
+    thread = CopyThread()
+    thread.start()
+    yield thread
+    thread.close()

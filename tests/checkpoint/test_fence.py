@@ -16,7 +16,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from trainbus.checkpoint import fence
-from trainbus.checkpoint.background_copy import BackgroundCopy, CopyThread, HostMove, Watched
+from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove, Watched
+from trainbus.checkpoint.copy_thread import CopyThread
 from trainbus.errors import SnapshotChangedError
 
 TOO_LONG = 30

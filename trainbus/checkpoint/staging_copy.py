@@ -11,14 +11,8 @@ from typing import Any
 import torch
 
 from trainbus.checkpoint.archive import Image
-from trainbus.checkpoint.background_copy import (
-    BackgroundCopy,
-    CopyThread,
-    HostMove,
-    Move,
-    Watched,
-    copy_together,
-)
+from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove, Move, Watched
+from trainbus.checkpoint.copy_thread import CopyThread, copy_together
 from trainbus.checkpoint.cuda import Cuda
 from trainbus.checkpoint.device_copy import DeviceStaging, pin
 from trainbus.checkpoint.kinds_kept import keep_kinds

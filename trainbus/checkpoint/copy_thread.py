@@ -1,0 +1,136 @@
+"""The thread that copies in the background, and how it helps to copy at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove
+
+__all__ = ["CopyThread", "copy_together"]
+
+_log = logging.getLogger("trainbus")
+
+
+class CopyThread:
+    """
+    The one thread that copies in the background, in the order it is asked to.
+
+    It has no file to wait for, so neither has who waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._begin_empty()
+        _ALL.add(self)
+
+    def _begin_empty(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread, unless it runs."""
+        if self._thread is None:
+            name = "trainbus-copy"
+            ready = threading.Event()
+            thread = threading.Thread(target=_run, args=(self._jobs, ready), name=name, daemon=True)
+            threads_of_others = torch.get_num_threads()
+            thread.start()
+            ready.wait()
+            # The call on that thread has also set what threads to come begin with.
+            torch.set_num_threads(threads_of_others)
+            self._thread = thread
+
+    def close(self) -> None:
+        """Let the thread end after what it was given. Does not wait for it."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread = None
+
+    def is_alive(self) -> bool:
+        """Tell whether the thread runs; not in a forked child."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def carry_out(self, copy: BackgroundCopy) -> None:
+        """Run *copy* on the thread."""
+        copy.thread = self._thread
+        self.call(copy.run)
+
+    def call(self, job: Callable[[], None]) -> None:
+        """Have the thread call *job*; what it raises is logged."""
+        self._jobs.put(job)
+
+
+def _run(jobs: queue.SimpleQueue[Callable[[], None] | None], ready: threading.Event) -> None:
+    # A second team of OpenMP threads beside the training's would fight it for the same cores, and while
+    # there are more threads than cores libgomp lets all of them sleep between two loops.
+    torch.set_num_threads(1)
+    # A thread takes over what was set last, on any thread, when it first asks: now, before others set it.
+    torch.get_num_threads()
+    ready.set()
+    while (job := jobs.get()) is not None:
+        try:
+            job()
+        except Exception:
+            # The thread has to be there for the next snapshot.
+            _log.exception("What was to be done behind a snapshot failed.")
+        # Not until the next one comes: it holds the tensors.
+        del job
+
+
+def copy_together(move: HostMove, thread: CopyThread) -> None:
+    """
+    Carry out *move* on this thread and, if it has nothing else to do, on *thread*. Returns when it is done.
+
+    Torch copies tensors of up to 32,768 elements on one thread, however many they are.
+    """
+    parts = deque(move.parts() if thread.is_alive() else [move])
+    if len(parts) == 1:
+        move.begin()
+        return
+    helping = threading.Lock()
+    failures: list[BaseException] = []
+
+    def help_out() -> None:
+        with helping, torch.inference_mode(False), torch.no_grad():
+            try:
+                _copy_all(parts)
+            except BaseException as error:
+                failures.append(error)
+
+    thread.call(help_out)
+    try:
+        _copy_all(parts)
+    finally:
+        parts.clear()
+        # Held while the other thread is amid a part; if it has not come to help yet, nothing is left for it.
+        with helping:
+            pass
+    if failures:
+        raise failures[0]
+
+
+def _copy_all(parts: deque[HostMove]) -> None:
+    while True:
+        try:
+            part = parts.popleft()
+        except IndexError:  # the other thread may have taken the last one just now
+            return
+        part.begin()
+
+
+_ALL: weakref.WeakSet[CopyThread] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for thread in list(_ALL):
+        thread._begin_empty()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
