@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove, Watched
+from trainbus.checkpoint import background_copy
+from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove, SharedMoves, Watched
 from trainbus.checkpoint.nesting import path_to
 from trainbus.errors import SnapshotChangedError
 
@@ -108,6 +109,61 @@ class TestHostMove:
             [True],
             [[1, 1], [1, 1]],
         ]
+
+    def test_parts(self, monkeypatch):
+        """
+        It is cut into sixteen, each of as many tensors, unless it is little.
+        """
+        monkeypatch.setattr(background_copy, "_WORTH_SHARING", 3200)
+        move = HostMove([torch.zeros(8) for _ in range(100)], [torch.ones(8) for _ in range(100)])
+
+        parts = move.parts()
+        for part in parts:
+            part.begin()
+
+        assert [len(part.targets) for part in parts] == [7] * 14 + [2]
+        assert all(map(torch.equal, move.targets, move.sources))
+        monkeypatch.setattr(background_copy, "_WORTH_SHARING", 3201)
+        assert move.parts() == [move]
+
+
+class TestSharedMoves:
+    def moves(self) -> list[HostMove]:
+        return [HostMove([torch.zeros(8)], [torch.full((8,), float(number))]) for number in range(1, 4)]
+
+    def test_helper_that_is_interrupted(self, monkeypatch):
+        """
+        After Ctrl-C on the helping thread, the other one makes what that was amid.
+        """
+        moves = self.moves()
+        shared = SharedMoves(moves)
+        original = HostMove.begin
+
+        def interrupted(self: HostMove) -> None:
+            monkeypatch.setattr(HostMove, "begin", original)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(HostMove, "begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shared.help_out()
+
+        shared.carry_out()
+
+        assert all(torch.equal(move.targets[0], move.sources[0]) for move in moves)
+
+    def test_each_is_made_once(self, monkeypatch):
+        """
+        What the helping thread has made is not made again.
+        """
+        begun: list[int] = []
+        monkeypatch.setattr(HostMove, "begin", lambda move: begun.append(id(move)))
+        moves = self.moves()
+        shared = SharedMoves(moves)
+
+        shared.help_out()
+        shared.carry_out()
+
+        assert begun == list(map(id, moves))
 
 
 class TestWatched:
@@ -285,6 +341,43 @@ class TestLetChange:
         copy.wait()
 
         assert early == [False, False]
+
+    def test_makes_what_is_left(self, thread, monkeypatch):
+        """
+        Whoever has to wait copies what the copying thread has not come to.
+        """
+        monkeypatch.setattr(background_copy, "_WORTH_SHARING", 0)
+        mine, helped = threading.current_thread(), threading.Event()
+        original = HostMove.begin
+
+        def begin(self: HostMove) -> None:
+            if threading.current_thread() is mine:
+                helped.set()
+            else:
+                assert helped.wait(TOO_LONG)
+            original(self)
+
+        monkeypatch.setattr(HostMove, "begin", begin)
+        targets = [nn.Parameter(torch.zeros(8)) for _ in range(9)]
+        copy = BackgroundCopy([HostMove(targets, [torch.ones(8) for _ in targets])])
+        thread.carry_out(copy)
+
+        copy.let_change()
+
+        assert all(target.eq(1).all() for target in targets)
+        copy.wait()
+
+    def test_makes_nothing_for_a_dead_thread(self):
+        """
+        In a forked child, which has no copying thread, nothing is written to the parent's memory.
+        """
+        target = torch.zeros(8)
+        copy = BackgroundCopy([HostMove([target], [torch.ones(8)])])
+        copy.thread = ended_thread()
+
+        copy.let_change()
+
+        assert target.eq(0).all()
 
     def test_does_not_wait_for_devices(self, thread):
         """

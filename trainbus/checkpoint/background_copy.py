@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol
@@ -12,11 +14,11 @@ import torch
 
 from trainbus.errors import SnapshotChangedError
 
-__all__ = ["BackgroundCopy", "HostMove", "Move", "Watched"]
+__all__ = ["BackgroundCopy", "HostMove", "Move", "SharedMoves", "Watched"]
 
 _SERIAL_ELEMENTS = 32768  # `at::internal::GRAIN_SIZE`: torch copies up to that many on one thread
 _WORTH_SHARING = 16 << 20  # bytes
-_PARTS = 8  # few: each is a turn at the interpreter's lock
+_PARTS = 16  # few: each is a turn at the interpreter's lock
 
 
 class Move(Protocol):
@@ -44,10 +46,8 @@ class HostMove:
         torch._foreach_copy_(self.targets, self.sources)
 
     def parts(self) -> list[HostMove]:
-        """Return it in parts of which two threads can take turns; one part where that would not help."""
-        size = sum(map(attrgetter("nbytes"), self.targets))
-        # Tensors of more elements than that are each copied by all of torch's threads anyway.
-        if size < _WORTH_SHARING or size > 4 * _SERIAL_ELEMENTS * len(self.targets):
+        """Return it in parts of which two threads can take turns; one part where that is not worth it."""
+        if self._size() < _WORTH_SHARING:
             return [self]
         count = -(-len(self.targets) // _PARTS)
         return [
@@ -55,11 +55,55 @@ class HostMove:
             for start in range(0, len(self.targets), count)
         ]
 
+    def is_serial(self) -> bool:
+        """Tell whether torch would carry out most of it on one thread, however many it may use."""
+        return self._size() <= 4 * _SERIAL_ELEMENTS * len(self.targets)
+
+    def _size(self) -> int:
+        return sum(map(attrgetter("nbytes"), self.targets))
+
     def hold_back(self) -> None:
         pass
 
     def finish(self) -> None:
         pass
+
+
+class SharedMoves:
+    """Copies within the host that two threads make, each taking the next one that neither has taken."""
+
+    def __init__(self, moves: Iterable[HostMove]) -> None:
+        self._moves = list(moves)
+        self._left = deque(self._moves)
+        self._made: set[int] = set()
+        self._helping = threading.Lock()
+
+    def carry_out(self) -> None:
+        """Make them, with what help there is. Returns when all are made, or raises what went wrong."""
+        try:
+            self._make()
+        finally:
+            self._left.clear()
+            # Held while the other thread is amid a copy; if it has not come yet, nothing is left for it.
+            with self._helping:
+                pass
+        for move in self._moves:
+            if id(move) not in self._made:  # the other thread was interrupted
+                move.begin()
+
+    def help_out(self) -> None:
+        """Make those that are left, on another thread. What goes wrong here, `carry_out` tries again."""
+        with self._helping, torch.inference_mode(False), torch.no_grad(), contextlib.suppress(Exception):
+            self._make()
+
+    def _make(self) -> None:
+        while True:
+            try:
+                move = self._left.popleft()
+            except IndexError:  # the other thread may have taken the last one just now
+                return
+            move.begin()
+            self._made.add(id(move))
 
 
 class Watched:
@@ -119,7 +163,10 @@ class BackgroundCopy:
         checked: bool = False,
     ) -> None:
         self.thread: threading.Thread | None = None
-        self._moves: Sequence[Move] = moves
+        self._moves: Sequence[Move] = [move for move in moves if not isinstance(move, HostMove)]
+        self._host = SharedMoves(
+            part for move in moves if isinstance(move, HostMove) for part in move.parts()
+        )
         self._watched: Sequence[Watched] = watched
         self._place_of = place_of
         self._checked = checked
@@ -137,6 +184,7 @@ class BackgroundCopy:
             with torch.inference_mode(False), torch.no_grad():
                 for move in self._moves:
                     move.begin()
+                self._host.carry_out()
                 self._begun.set()
                 for move in self._moves:
                     move.finish()
@@ -151,11 +199,14 @@ class BackgroundCopy:
         """
         Return when the tensors may be changed by this thread or what it gives to devices.
 
-        Blocks for copies of host memory; a device's work is made to wait on the device.
+        Blocks for copies of host memory, and makes those that the copying thread has not come to; a
+        device's work is made to wait on the device.
 
         Raises:
             SnapshotChangedError: Only where the copy is checked: a tensor was changed before.
         """
+        if self._is_being_made():
+            self._host.help_out()
         self._wait_for(self._begun)
         for move in self._moves:
             move.hold_back()
@@ -207,16 +258,19 @@ class BackgroundCopy:
 
     def _end(self) -> None:
         # The live tensors may be freed from now on.
-        self._moves = ()
+        self._moves, self._host = (), SharedMoves(())
         if self._passed or not self._checked or self._error is not None:
             self._watched = ()
         self._begun.set()
         self._arrived.set()
 
+    def _is_being_made(self) -> bool:
+        # In a forked child it is not, and the memory to copy into is not there.
+        return self.thread is None or self.thread.is_alive()
+
     def _wait_for(self, event: threading.Event) -> None:
         while not event.wait(1.0):
-            thread = self.thread
-            if thread is not None and not thread.is_alive() and not event.is_set():
+            if not self._is_being_made() and not event.is_set():
                 self.give_up(RuntimeError("the thread that copies snapshots has died"))
 
     def _judge(self) -> None:

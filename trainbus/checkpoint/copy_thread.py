@@ -7,12 +7,11 @@ import os
 import queue
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable
 
 import torch
 
-from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove
+from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove, SharedMoves
 
 __all__ = ["CopyThread", "copy_together"]
 
@@ -90,39 +89,13 @@ def copy_together(move: HostMove, thread: CopyThread) -> None:
 
     Torch copies tensors of up to 32,768 elements on one thread, however many they are.
     """
-    parts = deque(move.parts() if thread.is_alive() else [move])
+    parts = move.parts() if thread.is_alive() and move.is_serial() else [move]
     if len(parts) == 1:
         move.begin()
         return
-    helping = threading.Lock()
-    failures: list[BaseException] = []
-
-    def help_out() -> None:
-        with helping, torch.inference_mode(False), torch.no_grad():
-            try:
-                _copy_all(parts)
-            except BaseException as error:
-                failures.append(error)
-
-    thread.call(help_out)
-    try:
-        _copy_all(parts)
-    finally:
-        parts.clear()
-        # Held while the other thread is amid a part; if it has not come to help yet, nothing is left for it.
-        with helping:
-            pass
-    if failures:
-        raise failures[0]
-
-
-def _copy_all(parts: deque[HostMove]) -> None:
-    while True:
-        try:
-            part = parts.popleft()
-        except IndexError:  # the other thread may have taken the last one just now
-            return
-        part.begin()
+    moves = SharedMoves(parts)
+    thread.call(moves.help_out)
+    moves.carry_out()
 
 
 _ALL: weakref.WeakSet[CopyThread] = weakref.WeakSet()
