@@ -151,6 +151,19 @@ class TestSharedMoves:
 
         assert all(torch.equal(move.targets[0], move.sources[0]) for move in moves)
 
+    @pytest.mark.parametrize("inference", [False, True])
+    def test_helper_in_any_mode(self, inference):
+        """
+        The helping thread copies into tensors that require grad, also in inference mode.
+        """
+        target = nn.Parameter(torch.zeros(8))
+        shared = SharedMoves([HostMove([target], [torch.ones(8)])])
+
+        with torch.inference_mode(inference):
+            shared.help_out()
+
+        assert target.eq(1).all()
+
     def test_each_is_made_once(self, monkeypatch):
         """
         What the helping thread has made is not made again.
@@ -359,6 +372,31 @@ class TestLetChange:
 
         monkeypatch.setattr(HostMove, "begin", begin)
         targets = [nn.Parameter(torch.zeros(8)) for _ in range(9)]
+        copy = BackgroundCopy([HostMove(targets, [torch.ones(8) for _ in targets])])
+        thread.carry_out(copy)
+
+        copy.let_change()
+
+        assert all(target.eq(1).all() for target in targets)
+        copy.wait()
+
+    def test_what_goes_wrong_does_not_disturb_the_step(self, thread, monkeypatch):
+        """
+        What the training thread cannot copy the copying thread tries again.
+        """
+        monkeypatch.setattr(background_copy, "_WORTH_SHARING", 0)
+        mine, failed = threading.current_thread(), threading.Event()
+        original = HostMove.begin
+
+        def begin(self: HostMove) -> None:
+            if threading.current_thread() is mine:
+                failed.set()
+                raise MemoryError
+            assert failed.wait(TOO_LONG)
+            original(self)
+
+        monkeypatch.setattr(HostMove, "begin", begin)
+        targets = [torch.zeros(8) for _ in range(9)]
         copy = BackgroundCopy([HostMove(targets, [torch.ones(8) for _ in targets])])
         thread.carry_out(copy)
 
