@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import gc
-import os
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from trainbus.checkpoint import collector
 from trainbus.checkpoint.collector import paused
+
+from .forked import holds_in_child
 
 
 @pytest.fixture(autouse=True)
@@ -17,19 +17,6 @@ def _collector_as_it_was() -> Iterator[None]:
     gc.enable()
     yield
     gc.enable()
-
-
-def holds_in_child(claim: Callable[[], bool]) -> bool:
-    """Tell whether *claim* is true in a forked child; a child that hangs is killed."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            signal.alarm(30)
-            status = 0 if claim() else 2
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 class TestPaused:

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import weakref
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +9,8 @@ import torch
 from trainbus.checkpoint import background_copy
 from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove
 from trainbus.checkpoint.copy_thread import CopyThread, copy_together
+
+from .forked import holds_in_child
 
 TOO_LONG = 30
 A_MOMENT = 0.1  # given to whoever should wait and would not
@@ -307,19 +306,6 @@ class TestCopyThread:
         assert copy.thread is not None
         assert copy.thread.is_alive()
         copy.wait()
-
-
-def holds_in_child(claim: Callable[[], bool]) -> bool:
-    """Tell whether *claim* is true in a forked child; a child that hangs is killed."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            signal.alarm(TOO_LONG)
-            status = 0 if claim() else 2
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # Python warns of every fork beside threads; torch has some.

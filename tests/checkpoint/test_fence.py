@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import os
-import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,6 +17,8 @@ from trainbus.checkpoint import fence
 from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove, Watched
 from trainbus.checkpoint.copy_thread import CopyThread
 from trainbus.errors import SnapshotChangedError
+
+from .forked import holds_in_child
 
 TOO_LONG = 30
 A_MOMENT = 0.1  # given to a step that should wait and would not
@@ -764,19 +764,6 @@ class TestCompiled:
             torch._dynamo.exc.Unsupported, match=r"trainbus waits here .* without fullgraph=True"
         ):
             step()
-
-
-def holds_in_child(claim: Callable[[], bool]) -> bool:
-    """Tell whether *claim* is true in a forked child; a child that hangs is killed."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            signal.alarm(TOO_LONG)
-            status = 0 if claim() else 2
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # Python warns of every fork beside threads; torch has some.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import threading
 import types
 import zipfile
@@ -25,6 +24,8 @@ from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.saver import Saver
 from trainbus.checkpoint.staging_memory import StagingBuffer
 from trainbus.errors import CheckpointError, CheckpointWriteError, SnapshotChangedError
+
+from .forked import holds_in_child
 
 WAIT = 30
 """Seconds after which a test that hangs fails."""
@@ -128,17 +129,15 @@ def _gate(monkeypatch) -> Iterator[threading.Event]:
 
 def in_child(work: Callable[[], None]) -> bool:
     """Tell whether *work* came to its end in a forked child; one that hangs is killed."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(WAIT)
+
+    def claim() -> bool:
         # OpenMP's threads do not live in a forked child, and it would wait for them; a DataLoader's
         # workers do the same.
         torch.set_num_threads(1)
-        with contextlib.suppress(BaseException):
-            work()
-            os._exit(0)
-        os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        work()
+        return True
+
+    return holds_in_child(claim)
 
 
 def root_of(error: BaseException | None) -> BaseException:
