@@ -52,7 +52,7 @@ class ChunkWriters:
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         self._made = 0
         self.last_progress = 0.0
-        for _ in range(self._number):
+        for _ in range(max(1, self._number)):  # with no threads, it is the caller's
             self._turns.put(None)
 
     def start(self) -> None:
@@ -103,16 +103,14 @@ class ChunkWriters:
                 if chunk is not None:
                     self.give_back(chunk)
 
-        if self._number:
-            self._turns.get()
+        self._turns.get()
         with self._lock:
             if self._threads:
                 self._jobs.put(job)
                 return
         # No thread runs, perhaps no longer: they may have been closed while this waited for one.
         job()
-        if self._number:
-            self._turns.put(None)
+        self._turns.put(None)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

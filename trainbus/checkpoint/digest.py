@@ -48,7 +48,7 @@ def hash_bytes(hasher: xxhash.xxh3_128, fd: int, size: int) -> None:
 def _hash_pieces(
     hasher: xxhash.xxh3_128, fd: int, pieces: range, size: int, mine: _Turns, next_one: _Turns
 ) -> None:
-    memory = memoryview(bytearray(_PIECE))
+    memory = memoryview(bytearray(min(_PIECE, size)))
     try:
         for start in pieces:
             data = _read(fd, memory[: size - start], start)
