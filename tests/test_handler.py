@@ -610,6 +610,13 @@ class TestAccumulation:
                     handler.optimizer.zero_grad()
                 yield batch
 
+    def capture_step(self, handler, monkeypatch):
+        """Step as in the capture of a CUDA graph."""
+        with monkeypatch.context() as capture:
+            capture.setattr(torch.cuda, "is_available", lambda: True)
+            capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            handler.optimizer.step()
+
     def test_save_waits_for_the_next_step(self, tmp_path):
         """A save asked for in a batch without a step is taken in the next one with a step."""
         with make() as handler:
@@ -643,6 +650,32 @@ class TestAccumulation:
                 if batch == 2:
                     pending = handler.save_async(tmp_path / "a.pt")
             assert pending.result(30).global_step == 4
+
+    def test_replayed_steps_are_not_waited_for(self, tmp_path, monkeypatch):
+        """
+        A step captured in a CUDA graph, of whose replays nobody hears, counts as done in every batch.
+        """
+        with make() as handler:
+            handler.module(torch.randn(4, 2)).sum().backward()
+            self.capture_step(handler, monkeypatch)
+            saves = []
+            handler.on("train_batch_end", lambda: saves.append(handler.save_async(tmp_path / "a.pt")))
+            for _ in handler.steps(3, range(3)):
+                pass
+
+        assert [save.result(30).global_step for save in saves] == [1, 2, 3]
+
+    def test_captured_step_is_none(self, monkeypatch):
+        """
+        The capture of a step is no step, and a real one after it is seen as before.
+        """
+        with make() as handler:
+            seen = []
+            handler.optimizer.register_step_pre_hook(lambda *_: seen.append(handler.is_stepping))
+            self.capture_step(handler, monkeypatch)
+            handler.optimizer.step()
+
+        assert seen == [False, True]
 
     def test_at_once_where_no_optimizer_ever_stepped(self, tmp_path):
         """A loop that learns nothing, such as one of fake events, has nothing to wait for."""

@@ -155,6 +155,8 @@ class Moments:
             self.metrics.begin_batch()
             progress.in_batch = True
             progress.batch = progress.batches = payload.get("batch", progress.batches)
+        if self.optimizer_steps.are_replayed:
+            progress.note_stepped()
         progress.complete_batch()
         progress.global_step = payload.setdefault("global_step", progress.global_step)
         payload.setdefault("batch", progress.batch)

@@ -18,6 +18,8 @@ class OptimizerSteps:
 
     Attributes:
         optimizers: Those of torch among them.
+        are_replayed: One was stepped while a CUDA graph was captured. Replays call no hook, so from then
+            on nobody can tell in which batches it steps.
 
     Args:
         optimizers: One, a dict of them by name, or None.
@@ -26,14 +28,26 @@ class OptimizerSteps:
     def __init__(self, optimizers: Any, progress: Progress) -> None:
         each = optimizers.values() if isinstance(optimizers, Mapping) else [optimizers]
         self.optimizers = [one for one in each if isinstance(one, torch.optim.Optimizer)]
+        self.are_replayed = False
+        self._progress = progress
         self._hooks = [
             hook
             for one in self.optimizers
             for hook in (
-                one.register_step_pre_hook(lambda *_: progress.note_step_begun()),
-                one.register_step_post_hook(lambda *_: progress.note_step_done()),
+                one.register_step_pre_hook(self._before_step),
+                one.register_step_post_hook(self._after_step),
             )
         ]
+
+    def _before_step(self, *_: Any) -> None:
+        if _is_capturing():
+            self.are_replayed = True
+        else:
+            self._progress.note_step_begun()
+
+    def _after_step(self, *_: Any) -> None:
+        if not _is_capturing():
+            self._progress.note_step_done()
 
     def stop(self) -> None:
         """Take the hooks off."""
@@ -44,3 +58,7 @@ class OptimizerSteps:
         """Return whether backward has left gradients that a step would use."""
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         return any(parameter.grad is not None for group in groups for parameter in group["params"])
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

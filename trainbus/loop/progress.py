@@ -87,6 +87,9 @@ class Progress:
 
     def note_step_done(self) -> None:
         self.stepping -= 1
+        self.note_stepped()
+
+    def note_stepped(self) -> None:
         self.stepped = self.ever_stepped = True
 
     def state_dict(self) -> dict[str, Any]:
