@@ -119,10 +119,10 @@ class StopsAfter(threading.Event):
 
 def resident(mapping: mmap.mmap) -> int:
     """Return how many bytes of *mapping* the system has given memory to."""
-    start = f"{torch.frombuffer(mapping, dtype=torch.uint8).data_ptr():x}-"
-    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
-    assert any(line.startswith(start) for line in lines)
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Rss:"))
+    pages = (ctypes.c_ubyte * (len(mapping) // mmap.PAGESIZE))()
+    address = ctypes.c_void_p(torch.frombuffer(mapping, dtype=torch.uint8).data_ptr())
+    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(mapping)), pages) == 0
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
 
 
 class TestTouch:
@@ -200,8 +200,10 @@ class TestTouch:
         assert buffer.mapping is None
 
 
-def mapped() -> str:
-    return Path("/proc/self/maps").read_text()
+def is_mapped(address: int) -> bool:
+    """Tell whether this process has memory at *address*."""
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
 
 
 # Python warns of every fork beside threads; torch has some.
@@ -234,18 +236,18 @@ class TestFork:
         The staging memory is left out of forked children.
         """
         buffer = StagingMemory().acquire(3 << 20)
-        start = f"{torch.frombuffer(buffer.mapping, dtype=torch.uint8).data_ptr():x}-"
+        address = torch.frombuffer(buffer.mapping, dtype=torch.uint8).data_ptr()
         read, write = os.pipe()
 
         child = os.fork()
         if child == 0:
             try:
-                os.write(write, b"inherited" if start in mapped() else b"left out")
+                os.write(write, b"inherited" if is_mapped(address) else b"left out")
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
 
-        assert start in mapped()
+        assert is_mapped(address)
         assert os.read(read, 10) == b"left out"
         os.close(read)
         os.close(write)
