@@ -54,11 +54,15 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.background_copy": {"trainbus.errors"},
     "trainbus.checkpoint.copy_thread": {"trainbus.checkpoint.background_copy"},
     "trainbus.checkpoint.cuda": set(),
+    "trainbus.checkpoint.page_locking": {
+        "trainbus.checkpoint.cuda",
+        "trainbus.checkpoint.staging_memory",
+    },
     "trainbus.checkpoint.device_copy": {
         "trainbus.checkpoint.kinds_kept",
         "trainbus.checkpoint.cuda",
+        "trainbus.checkpoint.page_locking",
         "trainbus.checkpoint.snapshot_plan",
-        "trainbus.checkpoint.staging_memory",
     },
     "trainbus.checkpoint.zip_records": set(),
     "trainbus.checkpoint.state_pickle": set(),
@@ -69,7 +73,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.snapshot_views": {
         "trainbus.checkpoint.kinds_kept",
         "trainbus.checkpoint.archive",
-        "trainbus.checkpoint.device_copy",
+        "trainbus.checkpoint.page_locking",
         "trainbus.checkpoint.snapshot_plan",
         "trainbus.checkpoint.staging_memory",
     },
@@ -82,6 +86,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.cuda",
         "trainbus.checkpoint.device_copy",
         "trainbus.checkpoint.nesting",
+        "trainbus.checkpoint.page_locking",
         "trainbus.checkpoint.snapshot_plan",
         "trainbus.checkpoint.snapshot_views",
         "trainbus.checkpoint.staging_memory",

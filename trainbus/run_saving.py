@@ -145,6 +145,8 @@ class RunSaving(RunPosition):
         """
         Have the host memory for saves made in the background, so that the first is as fast as the others.
 
+        It is page-locked too, where the state lies on CUDA devices; their work goes on meanwhile.
+
         Call it after the first optimizer step, when the state has its size; `ModelCheckpoint` does. Not
         collective: rank 0 prepares, and each rank where the state is divided among them.
 

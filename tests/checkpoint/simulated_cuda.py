@@ -86,6 +86,7 @@ class SimulatedCuda(Cuda):
         self.memory = torch.empty(MEMORY_BYTES, dtype=torch.uint8)
         self.lock = threading.RLock()
         self.locked: dict[int, int] = {}  # sizes by address
+        self.pageable = 0  # copies to memory of the host that was not locked
         self.trouble: list[str] = []
         self._default = self.stream(torch.device("cpu"))
 
@@ -118,6 +119,7 @@ class SimulatedCuda(Cuda):
         for target, source in zip(into, outof, strict=True):
             stream.give(lambda target=target, source=source: target.copy_(source))
             if not self._is_own(target) and not self._is_locked(target):
+                self.pageable += 1
                 stream.synchronize()  # as the real one does for pageable memory
 
     def allocate(self, size: int, device: torch.device) -> torch.Tensor:

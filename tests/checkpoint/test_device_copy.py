@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 from collections import deque
 from dataclasses import replace
@@ -11,7 +10,7 @@ from random import Random
 import pytest
 import torch
 
-from trainbus.checkpoint import device_copy, snapshot_plan
+from trainbus.checkpoint import device_copy, page_locking, snapshot_plan
 from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
 
@@ -25,7 +24,7 @@ ROOM = {"aside": 1 << 40, "no room": 0}
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     """Let small tensors be as many pieces as large ones."""
-    monkeypatch.setattr(device_copy, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(page_locking, "PIECE_BYTES", PIECE)
     monkeypatch.setattr(snapshot_plan, "SMALLEST_WAITING", 64)
 
 
@@ -218,7 +217,7 @@ class TestPutAside:
             cuda = SimulatedCuda(Random(seed), room=size)
             staging = device_copy.DeviceStaging(True, cuda)
             buffer = StagingMemory().acquire(size)
-            device_copy.pin(buffer, tensor.device, cuda, lambda job: job())
+            page_locking.lock(buffer, tensor.device, cuda)
             target = torch.frombuffer(buffer.mapping, dtype=torch.uint8)
             assert staging.has_room(tensor.device, size)
             fetch = staging.put_aside(plan, plan.sections, [tensor], target)
@@ -229,58 +228,3 @@ class TestPutAside:
             fetch.finish()
 
             assert target.view(torch.float64).equal(tensor), f"seed {seed}"
-
-
-class TestPin:
-    def test_all_of_a_buffer_is_locked_and_let_go(self):
-        """
-        A buffer is locked piece by piece, and unlocked when it is dropped.
-        """
-        cuda = SimulatedCuda(Random(2))
-        training = Training(Random(2), cuda)
-        training.step(1)
-        training.save(1)
-        training.look()
-        over = training.stager.thread
-        done: list = []
-        for _ in range(200):  # each piece asks for the next one
-            over.call(lambda: done.append(1))
-        training.save(1)
-        training.look()
-        mapped = len(training.stager._memory._free[0].mapping)
-        assert sum(cuda.locked.values()) == mapped
-
-        thread = over._thread
-        over.close()
-        thread.join()
-        del training, over
-        gc.collect()
-        assert cuda.locked == {}
-
-    def test_refusal_is_told_once(self, caplog):
-        """
-        Memory that cannot be locked is warned of once, with how far it went, and used as it is.
-        """
-        cuda = SimulatedCuda(Random(3), refuses_locks_after=1)
-        training = Training(Random(3), cuda)
-        training.run()
-
-        warnings = [record.getMessage() for record in caplog.records if "page-lock" in record.getMessage()]
-        assert len(warnings) == 1
-        assert "no more" in warnings[0] and "ulimit -l" in warnings[0]
-        assert training.problems == []
-
-
-class TestPieces:
-    @pytest.mark.parametrize("start", [0, 64, PIECE - 64, PIECE, PIECE + 64])
-    @pytest.mark.parametrize("size", [1, 64, PIECE - 64, PIECE, PIECE + 1, 3 * PIECE])
-    def test_cover_and_never_cross(self, start, size):
-        """
-        Pieces follow on each other, cover all bytes and cross no multiple of the size locked at a time.
-        """
-        position = start
-        for offset, length in device_copy.pieces(start, size):
-            assert start + offset == position
-            assert position // PIECE == (position + length - 1) // PIECE
-            position += length
-        assert position == start + size

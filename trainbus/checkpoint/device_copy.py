@@ -1,11 +1,9 @@
-"""From CUDA devices to the host: the copy put aside on the device, side streams, page-locked memory."""
+"""From CUDA devices to the host: the copy put aside on the device, and side streams."""
 
 from __future__ import annotations
 
 import logging
-import mmap
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +11,12 @@ import torch
 
 from trainbus.checkpoint.cuda import Cuda
 from trainbus.checkpoint.kinds_kept import keep_kinds
+from trainbus.checkpoint.page_locking import pieces
 from trainbus.checkpoint.snapshot_plan import Section, SnapshotPlan
-from trainbus.checkpoint.staging_memory import StagingBuffer
 
-__all__ = ["DeviceStaging", "pieces", "pin"]
+__all__ = ["DeviceStaging"]
 
 _log = logging.getLogger("trainbus")
-
-PIECE_BYTES = 256 << 20
-"""Bytes of a buffer that are page-locked at a time; no copy of a device may reach over two such pieces."""
 
 RESERVED_SHARE = 0.1  # of a device's memory, left to a training that grows
 
@@ -204,92 +199,6 @@ class Fetch:
     def finish(self) -> None:
         """Return when the bytes have arrived."""
         self.fetched.synchronize()
-
-
-def pieces(start: int, size: int) -> Iterator[tuple[int, int]]:
-    """
-    Cut bytes of a buffer where one piece of page-locked memory ends and the next begins.
-
-    CUDA refuses to copy to memory of which a part is locked and a part is not
-    (cuMemcpyAsync: "must be either entirely registered with CUDA or ... not registered at all").
-
-    Args:
-        start: Their first one in the buffer.
-        size: How many.
-
-    Yields:
-        Offset from *start*, and length.
-    """
-    offset = 0
-    while offset < size:
-        length = min(size - offset, PIECE_BYTES - (start + offset) % PIECE_BYTES)
-        yield offset, length
-        offset += length
-
-
-def pin(
-    buffer: StagingBuffer, device: torch.device, cuda: Cuda, call: Callable[[Callable[[], None]], None]
-) -> None:
-    """
-    Have a buffer's memory page-locked, so that devices write into it by themselves.
-
-    Takes about half a second a gigabyte, without the GIL; not for the training thread. Memory that
-    cannot be locked is warned of and used as it is. Does nothing for a buffer that was given before.
-
-    Args:
-        buffer: Its ``pins`` hold what is locked.
-        device: One of those that write into it; it is locked for all.
-        cuda: Locks.
-        call: Has a function called later, on a thread that may wait. It is given one piece at a time,
-            so that copies come in between.
-    """
-    if buffer.mapping is None or buffer.pins is not None:
-        return
-    pins = buffer.pins = _Pins(buffer.mapping, device, cuda)
-
-    def lock_next() -> None:
-        # A buffer that has grown meanwhile has dropped them, and they go when this does.
-        if buffer.pins is pins and pins.lock_next():
-            call(lock_next)
-
-    call(lock_next)
-
-
-class _Pins:
-    """The page-locked pieces of a mapping; unlocked when this is dropped, before the mapping is."""
-
-    def __init__(self, mapping: mmap.mmap, device: torch.device, cuda: Cuda) -> None:
-        self._device = device
-        self._cuda = cuda
-        self._address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
-        self._size = len(mapping)
-        self._left = pieces(0, self._size)
-        self._locked: list[int] = []
-        weakref.finalize(self, _unlock, mapping, cuda, self._locked)
-
-    def lock_next(self) -> bool:
-        """Lock one more piece; return False when there is none left, or it was refused."""
-        offset, size = next(self._left, (0, 0))
-        if not size:
-            return False
-        refused = self._cuda.lock_pages(self._address + offset, size, self._device)
-        if refused is None:
-            self._locked.append(self._address + offset)
-            return True
-        _log.warning(
-            "Cannot page-lock the host memory of snapshots (%s, after %d of %d MiB): copies from the "
-            "device will be slower. Raise the limit of locked memory (ulimit -l).",
-            refused,
-            offset >> 20,
-            self._size >> 20,
-        )
-        return False
-
-
-def _unlock(mapping: mmap.mmap, cuda: Cuda, addresses: Iterable[int]) -> None:
-    # The mapping is an argument so that it lives until here.
-    for address in addresses:
-        cuda.unlock_pages(address)
 
 
 def _places(plan: SnapshotPlan, sections: Sequence[Section], aside: torch.Tensor) -> Iterator[torch.Tensor]:

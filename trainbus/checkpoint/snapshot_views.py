@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from trainbus.checkpoint.archive import Image
-from trainbus.checkpoint.device_copy import pieces
 from trainbus.checkpoint.kinds_kept import keep_kinds
+from trainbus.checkpoint.page_locking import pieces
 from trainbus.checkpoint.snapshot_plan import ByteRange, Layout, Section, SnapshotPlan
 from trainbus.checkpoint.staging_memory import StagingBuffer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ from trainbus.checkpoint.archive import Image
 from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove, Move, Watched
 from trainbus.checkpoint.copy_thread import CopyThread, copy_together
 from trainbus.checkpoint.cuda import Cuda
-from trainbus.checkpoint.device_copy import DeviceStaging, pin
+from trainbus.checkpoint.device_copy import DeviceStaging
 from trainbus.checkpoint.kinds_kept import keep_kinds
 from trainbus.checkpoint.nesting import path_to, tensors_in, with_tensors
+from trainbus.checkpoint.page_locking import is_locked, lock
 from trainbus.checkpoint.snapshot_plan import (
     COPIED_DEVICES,
     Section,
@@ -169,16 +171,23 @@ class Stager:
                 raise
 
     def begin(self, snapshot: Snapshot) -> None:
-        """Have the thread copy what is left of *snapshot*, and lock memory that devices copy into."""
+        """Have the thread copy what is left of *snapshot*, into page-locked memory where a device copies."""
+        if snapshot.copy is None:
+            return
+        self.thread.start()
+        self._last_copy = snapshot.copy
+        buffer, device = snapshot.buffer, self._device_to_copy_from()
+        if device is not None and not is_locked(buffer):
+            # A step that has to wait for the copy is not helped by pauses.
+            gently = not snapshot.waits
+            self.thread.call(lambda: lock(buffer, device, self._devices.cuda, gently=gently))
+        self.thread.carry_out(snapshot.copy)
+
+    def lock(self, buffer: StagingBuffer, stop: threading.Event) -> None:
+        """Have *buffer* page-locked, gently, if the state that it was planned for lies on such a device."""
         device = self._device_to_copy_from()
-        if snapshot.copy is not None or device is not None:
-            self.thread.start()
-        if snapshot.copy is not None:
-            self._last_copy = snapshot.copy
-            self.thread.carry_out(snapshot.copy)
         if device is not None:
-            # Behind the copy, which must not wait for it.
-            pin(snapshot.buffer, device, self._devices.cuda, self.thread.call)
+            lock(buffer, device, self._devices.cuda, gently=True, stop=stop)
 
     def _device_to_copy_from(self) -> torch.device | None:
         devices = [section.device for kind in self._kinds[:1] for section in kind.plan.sections]
@@ -223,7 +232,7 @@ class Stager:
         waiting: Mapping[int, torch.Tensor],
     ) -> Snapshot:
         views = views_of(buffer, plan)
-        moves, late_ranges = self._move(plan, tensors, views)
+        moves, late_ranges = self._move(plan, tensors, views, buffer)
         copies = {
             id(tensor): _copy_parts(tensor) if view is None else view
             for tensor, view in zip(tensors, views.tensors, strict=True)
@@ -243,7 +252,7 @@ class Stager:
         return Snapshot(copied, views.image, self._memory, buffer, copy, waits=bool(watched), size=plan.size)
 
     def _move(
-        self, plan: SnapshotPlan, tensors: Sequence[torch.Tensor], views: Views
+        self, plan: SnapshotPlan, tensors: Sequence[torch.Tensor], views: Views, buffer: StagingBuffer
     ) -> tuple[list[Move], set[int | None]]:
         """Copy what must be copied at once; return the moves that are left and the ranges not yet read."""
         later: list[Move] = []
@@ -262,7 +271,7 @@ class Stager:
                     unread.update(section.ranges)
                     later.append(self._move_later(section, tensors, views))
                 else:
-                    self._move_now(section, tensors, views)
+                    self._move_now(section, tensors, views, buffer)
         return later, unread
 
     def _move_later(self, section: Section, tensors: Sequence[torch.Tensor], views: Views) -> Move:
@@ -271,10 +280,13 @@ class Stager:
         targets, sources = views.cut_pairs(section, tensors)
         return self._devices.fetch_later(section.device, sources, targets)
 
-    def _move_now(self, section: Section, tensors: Sequence[torch.Tensor], views: Views) -> None:
+    def _move_now(
+        self, section: Section, tensors: Sequence[torch.Tensor], views: Views, buffer: StagingBuffer
+    ) -> None:
         if not self._devices.cuda.serves(section.device):
             copy_together(HostMove(*views.pairs(section, tensors)), self.thread)
         else:
+            lock(buffer, section.device, self._devices.cuda)
             targets, sources = views.cut_pairs(section, tensors)
             self._devices.fetch_now(section.device, sources, targets)
 

@@ -41,6 +41,7 @@ class WarmUp:
         def touch() -> None:
             try:
                 buffer.touch(self._stop)
+                self._stager.lock(buffer, self._stop)
             finally:
                 self._stager.give_back(buffer)
                 self._is_over.set()
