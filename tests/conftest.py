@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import warnings
 
 import pytest
 
@@ -40,6 +42,25 @@ def unconfigured_logging(monkeypatch):
     monkeypatch.setattr(logger, "handlers", [])
     yield
     gc.collect()  # a bar whose run did not end lets go of the logger when it is collected: now
+
+
+@pytest.fixture
+def without_waiting():
+    """Return a context in which torch raises where the host would wait for a CUDA device."""
+
+    @contextlib.contextmanager
+    def context():
+        import torch
+
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+                torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
 
 
 @pytest.fixture

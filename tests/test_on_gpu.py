@@ -10,7 +10,7 @@ from torch import nn
 
 import trainbus
 from trainbus import Handler
-from trainbus.checkpoint import device_copy
+from trainbus.checkpoint import page_locking
 from trainbus.checkpoint.cuda import Cuda
 
 pytestmark = pytest.mark.gpu
@@ -125,7 +125,7 @@ class TestOrder:
 
 
 class TestHost:
-    def test_nothing_waits_for_the_device(self, tmp_path):
+    def test_nothing_waits_for_the_device(self, tmp_path, without_waiting):
         """
         Once the memory is there, asking for a save and the step after it never wait for the device.
         """
@@ -135,12 +135,9 @@ class TestHost:
                 step(module, optimizer)
                 handler.save_async(tmp_path / "a.pt")
                 handler.flush()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with without_waiting():
                 handler.save_async(tmp_path / "b.pt")
                 step(module, optimizer)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
             handler.flush()
 
 
@@ -209,7 +206,7 @@ class TestPageLocking:
         """
         While training and saves go on, all of the buffer is page-locked, piece by piece.
         """
-        monkeypatch.setattr(device_copy, "PIECE_BYTES", 1 << 20)
+        monkeypatch.setattr(page_locking, "PIECE_BYTES", 1 << 20)
         module, optimizer = trained()
         with Handler(module, optimizer) as handler:
             for _ in range(10):
@@ -224,7 +221,7 @@ class TestPageLocking:
         """
         Memory of which a part cannot be locked is used as it is, and every file is right.
         """
-        monkeypatch.setattr(device_copy, "PIECE_BYTES", 1 << 20)
+        monkeypatch.setattr(page_locking, "PIECE_BYTES", 1 << 20)
         real, locked = Cuda.lock_pages, []
 
         def lock_two(self, address, size, device):

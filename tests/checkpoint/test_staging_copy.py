@@ -1114,8 +1114,10 @@ class TestSurroundings:
         tied = [tensor, tensor[5:].view(-1)]
         for value in range(5):
             tensor.fill_(value)
-            copy = snapshot(tied)
+            taken = take_snapshot(tied, StagingMemory())
             tensor.fill_(-1)
+            taken.wait()
+            copy = taken.state
             assert copy[0].device.type == "cpu"
             assert copy[0].equal(torch.full((10_000_000,), float(value)))
             assert copy[1].data_ptr() == copy[0].data_ptr() + 20

@@ -40,12 +40,13 @@ from trainbus_callbacks import (
 class Run:
     """The training: dropout, noise from the global generator of each rank, shuffling, a validation."""
 
-    def __init__(self, folder: Path, *, fsdp: bool = False, **options) -> None:
+    def __init__(self, folder: Path, *, device: str = "cpu", fsdp: bool = False, **options) -> None:
         self.rank = dist.get_rank()
         self.folder = folder
+        self.device = device
         torch.manual_seed(0)
         data = TensorDataset(torch.randn(48, 4), torch.randn(48, 1))
-        net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)).to(device)
         torch.manual_seed(1 + self.rank)  # a rank that drew another's numbers would be seen
         self.model = divided(net) if fsdp else replicated(net)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.05)
@@ -58,7 +59,7 @@ class Run:
         with self.handler as handler:
             for _ in handler.epochs(epochs):
                 self.model.train()
-                for x, y in handler.batches(self.loader):
+                for x, y in self.on_device(handler.batches(self.loader)):
                     at_step(handler.global_step)
                     loss = mse_loss(self.model(x + 0.1 * torch.randn_like(x)), y)
                     self.optimizer.zero_grad()
@@ -67,8 +68,12 @@ class Run:
                     self.losses.append(loss.item())
                     handler.log(loss=loss)
                 self.model.eval()
-                for x, y in handler.val_batches(self.loader):
+                for x, y in self.on_device(handler.val_batches(self.loader)):
                     handler.log(loss=mse_loss(self.model(x), y))
+
+    def on_device(self, batches):
+        """Hand out the batches where the model is."""
+        return ([one.to(self.device) for one in batch] for batch in batches)
 
     def told(self) -> dict:
         """Return what to compare."""
@@ -90,7 +95,7 @@ def replicated(net: nn.Module) -> nn.Module:
 
 def divided(net: nn.Module) -> nn.Module:
     """Return *net* for FSDP2."""
-    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = dist.device_mesh.init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
     fully_shard(net[0], mesh=mesh)
     return fully_shard(net, mesh=mesh)
 
@@ -286,9 +291,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=20.0)
     parser.add_argument("--fsdp", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    dist.init_process_group("gloo")
-    run = Run(args.folder, rank_timeout=args.timeout, fsdp=bool(args.fsdp))
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    run = Run(args.folder, rank_timeout=args.timeout, device=args.device, fsdp=bool(args.fsdp))
     begun, error = time.monotonic(), None
     try:
         globals()[args.scenario](run, args)

@@ -70,17 +70,14 @@ class TestOnTheHost:
 
 @pytest.mark.gpu
 class TestOnADevice:
-    def test_nothing_is_waited_for_until_they_are_read(self):
+    def test_nothing_is_waited_for_until_they_are_read(self, without_waiting):
         """Metrics that a GPU is still computing are taken without a wait, and another thread reads them."""
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with without_waiting():
             torch.cuda._sleep(200_000_000)
             loss = torch.full((), 1.0, device="cuda") * 3
             metrics = UnreadMetrics({"loss": loss, "step": 5})
             loss += 1
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         found = {}
         reader = threading.Thread(target=lambda: found.update(metrics.read()))
         reader.start()
