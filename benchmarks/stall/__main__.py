@@ -111,7 +111,7 @@ def _jobs(options: argparse.Namespace, folder: str) -> list[Job]:
             size_mib=options.size_mib,
             save_every=options.save_every or WORKLOADS[workload].save_every,
             saves=options.saves,
-            warmup=2 if options.smoke else 5,
+            warmup=2 if options.smoke else WORKLOADS[workload].warmup,
             baseline=8 if options.smoke else 20,
             pause_saves=1 if options.smoke else 2,
             checks=1,

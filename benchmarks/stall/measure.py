@@ -101,13 +101,12 @@ class Measurement:
         loop, request = self._loop, self._request()
         first = len(loop.durations)
         loop.step(request.start)
-        for _ in range(self._job.save_every - 1):
-            self._clean_up()
-            loop.step()
+        loop.steps(self._job.save_every - 1)
         while whole and not request.done():
             loop.step()
-        self._clean_up()
         steps = loop.durations[first:]
+        self._clean_up()
+        loop.steps(self._workload.settling)
         return {"request": request, "call": request.returned, "at": first, "steps": steps}
 
     def _request(self) -> Request:

@@ -86,6 +86,10 @@ class Staged(Thread):
                 use_non_blocking_copy=cuda,
             )
         )
+        # torch 2.11's stager empties itself after each use and fails at the next one ("KeyError: <class
+        # 'type'>"). What it keeps, the page-locked memory, is what makes it fast; later ones keep it.
+        self._empty = self._stager._state_dict_stager.close
+        self._stager._state_dict_stager.close = lambda: None
         self._staged: Future[None] | None = None
 
     def _begin(self, path: str) -> Future[Any]:
@@ -108,6 +112,7 @@ class Staged(Thread):
         """Wait for the last save."""
         self._wait()
         self._stager.close()
+        self._empty()
         super().close()
 
 
