@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import threading
+import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +64,27 @@ def without_waiting():
             torch.cuda.set_sync_debug_mode("default")
 
     return context
+
+
+@pytest.fixture
+def until_writing_rests(monkeypatch):
+    """Return an optimizer's hook: the disk takes nothing before it, and it returns when a writer rests."""
+    from trainbus.checkpoint import disk, throttle
+
+    stepping, resting, write = threading.Event(), threading.Event(), disk.Disk.write
+
+    def write_later(self, *args):
+        assert stepping.wait(30)
+        return write(self, *args)
+
+    def hook(*_):
+        stepping.set()
+        assert resting.wait(30)
+
+    monkeypatch.setattr(disk.Disk, "write", write_later)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: resting.set())
+    monkeypatch.setattr(throttle, "time", clock)
+    return hook
 
 
 @pytest.fixture

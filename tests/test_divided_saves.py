@@ -314,6 +314,18 @@ class TestSave:
             "one.bias",
         ]
 
+    def test_rests_while_an_optimizer_steps(self, tmp_path, until_writing_rests):
+        """What a rank writes of a state that is being saved when a step begins waits for it."""
+        modules, optimizers = build(width=4_000_000)  # 61 MiB: four chunks
+        with Handler(modules, optimizers) as handler:
+            optimizers["one"].register_step_pre_hook(until_writing_rests)
+            handler.on("train_batch_end", lambda: handler.save_async(tmp_path / "a"), once=True)
+            for _ in handler.steps(2, range(2)):
+                if handler.global_step == 1:
+                    optimizers["one"].step()
+
+        assert trainbus.verify(tmp_path / "a").global_step == 1
+
     def test_model_checkpoint(self, tmp_path):
         """ModelCheckpoint, its events, retention and resume work on folders."""
         saved, removed = [], []

@@ -720,6 +720,21 @@ class TestAccumulation:
         assert trainbus.read_manifest(tmp_path / "4.pt").global_step == 4
 
 
+class TestWriting:
+    def test_rests_while_an_optimizer_steps(self, tmp_path, until_writing_rests):
+        """A file of several chunks that is being written when a step begins waits for it."""
+        model = nn.Linear(4000, 4000)  # four chunks
+        optimizer = torch.optim.SGD(model.parameters())
+        with Handler(model, optimizer) as handler:
+            optimizer.register_step_pre_hook(until_writing_rests)
+            handler.on("train_batch_end", lambda: handler.save_async(tmp_path / "a.pt"), once=True)
+            for _ in handler.steps(2, range(2)):
+                if handler.global_step == 1:
+                    optimizer.step()
+
+        assert trainbus.load(tmp_path / "a.pt")["module"]["weight"].equal(model.weight.detach())
+
+
 class TestErrors:
     def test_reach_the_loop_at_the_next_event_once(self, tmp_path, failing_disk):
         """A failed save is raised at the next event, and not again."""

@@ -92,6 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.staging_memory",
         "trainbus.checkpoint.zip_records",
     },
+    "trainbus.checkpoint.throttle": set(),
     "trainbus.checkpoint.warm_up": {"trainbus.checkpoint.staging_copy"},
     "trainbus.checkpoint.fence": {"trainbus.checkpoint.background_copy"},
     "trainbus.checkpoint.disk": {"trainbus.errors"},

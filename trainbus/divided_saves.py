@@ -38,6 +38,7 @@ class DividedSaves:
         max_pending: Saves that may be unfinished at once.
         on_busy: What a save does when there are that many: nothing but ``"wait"`` is possible.
         device_snapshot: As for `ShardedSaver`.
+        is_busy: As for `ShardedSaver`.
         patience: Seconds that a rank which has written waits for the others.
 
     Raises:
@@ -46,7 +47,13 @@ class DividedSaves:
     """
 
     def __init__(
-        self, *, max_pending: int, on_busy: str, device_snapshot: str | bool, patience: float
+        self,
+        *,
+        max_pending: int,
+        on_busy: str,
+        device_snapshot: str | bool,
+        patience: float,
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         if on_busy != "wait":
             raise ValueError(
@@ -54,7 +61,9 @@ class DividedSaves:
                 "would find its own disk busy or not. Use max_pending=2 to let saves wait in memory."
             )
         self._group: Any = ranks.separate_group(patience)
-        self._saver = ShardedSaver(self._group, max_pending=max_pending, device_snapshot=device_snapshot)
+        self._saver = ShardedSaver(
+            self._group, max_pending=max_pending, device_snapshot=device_snapshot, is_busy=is_busy
+        )
 
     @property
     def last_progress(self) -> float:

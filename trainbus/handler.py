@@ -130,6 +130,7 @@ class Handler(RunSaving):
             on_busy=on_busy,
             device_snapshot=device_snapshot,
             patience=max(write_timeout, rank_timeout),
+            is_busy=self._moments.progress.is_stepping,
         )
         self._agreement = Agreement(weak_post(self.bus), self._stop_here)
         self._saver = Saver(
@@ -140,6 +141,7 @@ class Handler(RunSaving):
             device_snapshot=device_snapshot,
             check_snapshots=check_snapshots,
             write_timeout=write_timeout,
+            is_busy=self._moments.progress.is_stepping,
         )
         self._saves = SaveRequests(self, self._moments, self._saver, self._agreement, self._divided)
         self._reports = SaveReports(self.bus, raises=on_write_error == "raise")

@@ -62,7 +62,7 @@ class RunPosition:
         It stays so until the next batch if an exception left a step: the weights may be half-updated.
         Optimizers that are none of torch's go unseen.
         """
-        return self._moments.progress.stepping > 0
+        return self._moments.progress.is_stepping()
 
     @property
     def saves_in_flight(self) -> int:

@@ -53,6 +53,17 @@ class TestMemory:
 
 
 class TestThreads:
+    def test_rests_before_each(self):
+        """
+        Whoever has filled a chunk rests before it goes to the disk.
+        """
+        done = []
+        writers = ChunkWriters(threads=0, chunk_bytes=4096, rest=lambda: done.append("rest"))
+        for number in range(2):
+            writers.write(None, lambda number=number: done.append(number))
+
+        assert done == ["rest", 0, "rest", 1]
+
     def test_written_at_the_same_time(self, writers):
         """
         Two chunks are written by two threads at once.

@@ -35,10 +35,18 @@ class ChunkWriters:
         threads: How many write; with 0 whoever calls `write` does it itself.
         chunk_bytes: Size of a chunk, a multiple of 4,096 if chunks are to bypass the page cache.
             Its memory is a page longer.
+        rest: Called before each chunk is written, by the thread that has filled it; may wait.
     """
 
-    def __init__(self, *, threads: int = 2, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        threads: int = 2,
+        chunk_bytes: int = CHUNK_BYTES,
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
         self.chunk_bytes = chunk_bytes
+        self._rest = rest
         self._number = threads
         self._begin_empty()
         _ALL.add(self)
@@ -103,6 +111,7 @@ class ChunkWriters:
                 if chunk is not None:
                     self.give_back(chunk)
 
+        self._rest()
         self._turns.get()
         with self._lock:
             if self._threads:

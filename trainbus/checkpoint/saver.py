@@ -28,6 +28,7 @@ from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.checkpoint.stats import LostTime, SaveTimes
 from trainbus.checkpoint.temporary import Sweeper
+from trainbus.checkpoint.throttle import Throttle
 from trainbus.checkpoint.warm_up import WarmUp
 from trainbus.errors import CheckpointWriteError
 
@@ -54,6 +55,7 @@ class Saver:
         device_snapshot: Whether to copy aside: ``"auto"`` where there is room, True, False.
         check_snapshots: Compare each background copy with the values of the request.
         write_timeout: Seconds without progress after which a write counts as failed.
+        is_busy: Tells whether the training needs every core now; see `Throttle`. Called on the writer thread.
     """
 
     def __init__(
@@ -66,12 +68,13 @@ class Saver:
         device_snapshot: str | bool = "auto",
         check_snapshots: bool = False,
         write_timeout: float = 600.0,
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         if snapshot not in ("auto", "overlap"):
             raise ValueError(f"snapshot must be 'auto' or 'overlap', got {snapshot!r}.")
         self._memory = StagingMemory(max_pending)
         self._stager = Stager(self._memory, device_snapshot=device_snapshot, check=check_snapshots)
-        self._chunks = ChunkWriters()
+        self._chunks = ChunkWriters(rest=Throttle(is_busy).rest)
         self.writer = BackgroundWriter(
             report,
             max_pending=max_pending,

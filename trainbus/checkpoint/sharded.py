@@ -38,6 +38,7 @@ from trainbus.checkpoint.sharded_writer import WHOLE, Failure, Shard, ShardPlann
 from trainbus.checkpoint.staging_copy import Snapshot, Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.checkpoint.temporary import Sweeper
+from trainbus.checkpoint.throttle import Throttle
 from trainbus.checkpoint.warm_up import WarmUp
 from trainbus.errors import HandlerClosedError, RankFailedError
 
@@ -56,6 +57,7 @@ class ShardedSaver:
             has to be longer than the slowest rank's write, for which the others wait in it.
         max_pending: Saves that may be unfinished at once; each has host memory of its own.
         device_snapshot: Whether to copy CUDA tensors on their device first: ``"auto"``, True, False.
+        is_busy: Tells whether the training needs every core now; see `Throttle`. Called on writing threads.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class ShardedSaver:
         *,
         max_pending: int = 1,
         device_snapshot: str | bool = "auto",
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         if max_pending < 1:
             raise ValueError(f"max_pending must be at least 1, got {max_pending!r}.")
@@ -71,7 +74,7 @@ class ShardedSaver:
         self._max_pending = max_pending
         self._stager = Stager(StagingMemory(max_pending), device_snapshot=device_snapshot)
         self._warm_up = WarmUp(self._stager)
-        self._writers = ChunkWriters()
+        self._writers = ChunkWriters(rest=Throttle(is_busy).rest)
         self._sweeper = Sweeper()
         self._unfinished: deque[Future[Manifest]] = deque()
         self._items: dict[str, Any] = {}

@@ -58,6 +58,10 @@ class Progress:
         """True when the open batch has not changed the weights: who loads a checkpoint is handed it again."""
         return self.batch_open and not self.stepped
 
+    def is_stepping(self) -> bool:
+        """Tell whether an optimizer is inside of ``step``. Any thread may ask."""
+        return self.stepping > 0
+
     def begin_epoch(self) -> None:
         self.batches = self.batch = 0
         self.epoch_begun = True
