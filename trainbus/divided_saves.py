@@ -53,7 +53,7 @@ class DividedSaves:
         on_busy: str,
         device_snapshot: str | bool,
         patience: float,
-        is_busy: Callable[[], bool] = lambda: False,
+        is_busy: Callable[[], bool],
     ) -> None:
         if on_busy != "wait":
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,6 @@ class OptimizerSteps:
 
     Attributes:
         optimizers: Those of torch among them.
-        are_replayed: One was stepped while a CUDA graph was captured. Replays call no hook, so from then
-            on nobody can tell in which batches it steps.
 
     Args:
         optimizers: One, a dict of them by name, or None.
@@ -28,26 +27,33 @@ class OptimizerSteps:
     def __init__(self, optimizers: Any, progress: Progress) -> None:
         each = optimizers.values() if isinstance(optimizers, Mapping) else [optimizers]
         self.optimizers = [one for one in each if isinstance(one, torch.optim.Optimizer)]
-        self.are_replayed = False
-        self._progress = progress
+        self._captured = captured = weakref.WeakSet[torch.optim.Optimizer]()
+
+        # Optimizers keep their hooks, so these must not lead back to them: a dropped one is freed at once.
+        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if _is_capturing():
+                captured.add(optimizer)
+            else:
+                progress.note_step_begun()
+
+        def after(*_: Any) -> None:
+            if not _is_capturing():
+                progress.note_step_done()
+
         self._hooks = [
             hook
             for one in self.optimizers
-            for hook in (
-                one.register_step_pre_hook(self._before_step),
-                one.register_step_post_hook(self._after_step),
-            )
+            for hook in (one.register_step_pre_hook(before), one.register_step_post_hook(after))
         ]
 
-    def _before_step(self, *_: Any) -> None:
-        if _is_capturing():
-            self.are_replayed = True
-        else:
-            self._progress.note_step_begun()
+    @property
+    def are_replayed(self) -> bool:
+        """
+        True once one was stepped while a CUDA graph was captured.
 
-    def _after_step(self, *_: Any) -> None:
-        if not _is_capturing():
-            self._progress.note_step_done()
+        Replays call no hook, so from then on nobody can tell in which batches it steps.
+        """
+        return len(self._captured) > 0
 
     def stop(self) -> None:
         """Take the hooks off."""
