@@ -51,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.staging_memory": {"trainbus.errors"},
     "trainbus.checkpoint.collector": set(),
     "trainbus.checkpoint.nesting": set(),
-    "trainbus.checkpoint.background_copy": {"trainbus.errors"},
+    "trainbus.checkpoint.host_copy": {"trainbus.checkpoint._nontemporal"},
+    "trainbus.checkpoint.background_copy": {"trainbus.errors", "trainbus.checkpoint.host_copy"},
     "trainbus.checkpoint.copy_thread": {"trainbus.checkpoint.background_copy"},
     "trainbus.checkpoint.cuda": set(),
     "trainbus.checkpoint.page_locking": {

@@ -136,7 +136,8 @@ def limits(runs: list[dict[str, Any]], workload: str) -> dict[str, Any] | None:
         "sink_no_crc": median("sink_no_crc"),
         "load_per_torch": median("load", "trainbus") / median("load", "torch"),
         "fork_per_without": median("fork", "with") / median("fork", "without"),
-        "fork_call": median("fork", "with"),
+        "fork_stepped_per_without": median("fork", "stepped") / median("fork", "without"),
+        "fork_call": median("fork", "without"),
     }
     if any("error" in run["disk"] for run in measured):
         return {**found, "disk_error": measured[0]["disk"].get("error", "failed in some rounds")}

@@ -101,7 +101,7 @@ def _bounds(limits: _Row) -> list[str]:
         )
     lines.append(
         f"trainbus.load, verified, of a cached file takes {limits['load_per_torch']:.2f} times torch.load; "
-        f"a save after a DataLoader has forked {limits['fork_per_without']:.2f} times one without "
-        f"({limits['fork_call'] * 1000:.1f} ms)"
+        f"a save right after a DataLoader has forked {limits['fork_per_without']:.2f} times one without "
+        f"({limits['fork_call'] * 1000:.1f} ms), a step later {limits['fork_stepped_per_without']:.2f} times"
     )
     return lines

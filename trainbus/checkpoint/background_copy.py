@@ -12,11 +12,11 @@ from typing import Protocol
 
 import torch
 
+from trainbus.checkpoint.host_copy import copy_all, uses_one_thread
 from trainbus.errors import SnapshotChangedError
 
 __all__ = ["BackgroundCopy", "HostMove", "Move", "SharedMoves", "Watched"]
 
-_SERIAL_ELEMENTS = 32768  # `at::internal::GRAIN_SIZE`: torch copies up to that many on one thread
 _WORTH_SHARING = 16 << 20  # bytes
 _PARTS = 16  # few: each is a turn at the interpreter's lock
 
@@ -42,8 +42,7 @@ class HostMove:
     sources: list[torch.Tensor]
 
     def begin(self) -> None:
-        # One call for all: a Python loop over small tensors would take far longer than their bytes.
-        torch._foreach_copy_(self.targets, self.sources)
+        copy_all(self.targets, self.sources)
 
     def parts(self) -> list[HostMove]:
         """Return it in parts of which two threads can take turns; one part where that is not worth it."""
@@ -56,8 +55,8 @@ class HostMove:
         ]
 
     def is_serial(self) -> bool:
-        """Tell whether torch would carry out most of it on one thread, however many it may use."""
-        return self._size() <= 4 * _SERIAL_ELEMENTS * len(self.targets)
+        """Tell whether `begin` copies most of it on one thread, however many it may use."""
+        return uses_one_thread(self._size(), len(self.targets))
 
     def _size(self) -> int:
         return sum(map(attrgetter("nbytes"), self.targets))

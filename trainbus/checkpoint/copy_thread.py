@@ -85,9 +85,9 @@ def _run(jobs: queue.SimpleQueue[Callable[[], None] | None], ready: threading.Ev
 
 def copy_together(move: HostMove, thread: CopyThread) -> None:
     """
-    Carry out *move* on this thread and, if it has nothing else to do, on *thread*. Returns when it is done.
+    Carry out *move* on this thread and, where that would be all and it is idle, on *thread* too.
 
-    Torch copies tensors of up to 32,768 elements on one thread, however many they are.
+    Returns when it is done.
     """
     parts = move.parts() if thread.is_alive() and move.is_serial() else [move]
     if len(parts) == 1:

@@ -1,0 +1,14 @@
+from array import array
+
+def copy(targets: array[int], sources: array[int], sizes: array[int], threads: int) -> None:
+    """
+    Copy byte ranges of this process's memory past the caches, without the GIL.
+
+    Args:
+        targets, sources: Addresses, as many as *sizes*; nothing checks that memory is there.
+        sizes: Bytes of each range. All three are arrays of type "Q".
+        threads: How many may copy, the calling one among them. They have ended when this returns.
+
+    Raises:
+        ValueError: The three are not equally long.
+    """
