@@ -65,12 +65,12 @@ class SlowCopy(BackgroundCopy):
     places: ClassVar[set[str]] = set()  # of what waited in any of them
 
     def __init__(
-        self, moves: Any, watched: Any = (), place_of: Callable[[Any], str] = repr, **options: Any
+        self, moves: Any, watched: Watched, place_of: Callable[[Any], str] = repr, **options: Any
     ) -> None:
         self.gate = threading.Event()
         super().__init__([HalfMove(move, self.gate) for move in moves], watched, place_of, **options)
         SlowCopy.made += 1
-        SlowCopy.places |= {place_of(one.copy) for one in watched}
+        SlowCopy.places |= {place_of(one) for one in watched.copies}
         SlowCopy.all.add(self)
 
     @classmethod
@@ -1218,7 +1218,7 @@ class TestManySaves:
         Without the tripwire either, files are torn, and this is seen.
         """
         monkeypatch.setattr(fence, "raise_fence", lambda: lambda: None)
-        monkeypatch.setattr(Watched, "is_changed", lambda self: False)
+        monkeypatch.setattr(Watched, "changed", lambda self: [])
 
         _, torn, failed = count_steps(tmp_path, saves=20, elements=1 << 15)
 

@@ -186,13 +186,14 @@ class TestWatched:
         A tensor that is read only has not changed; also not if it holds a NaN.
         """
         owner = nn.Parameter(torch.tensor([1.0, float("nan"), -0.0]))
-        watched = Watched(owner, copy_of(owner), checked=checked)
+        watched = Watched([owner], [copy_of(owner)], checked=checked)
 
         (owner * 2).nansum().backward()
 
-        assert not watched.is_changed()
-        assert not watched.is_torn()
+        assert not watched.changed()
+        assert not watched.torn()
 
+    @pytest.mark.parametrize("checked", [False, True])
     @pytest.mark.parametrize(
         "change",
         [
@@ -202,29 +203,29 @@ class TestWatched:
             lambda owner: owner.copy_(torch.zeros(4, 4)),
         ],
     )
-    def test_changed_in_place(self, change):
+    def test_changed_in_place(self, change, checked):
         """
         A write is noticed by the tensor's version, through views and without new values as well.
         """
         owner = nn.Parameter(torch.ones(4, 4))
-        watched = Watched(owner, copy_of(owner))
+        watched = Watched([owner], [copy_of(owner)], checked=checked)
 
         with torch.no_grad():
             change(owner)
 
-        assert watched.is_changed()
+        assert watched.changed()
 
     def test_memory_exchanged(self):
         """
         Other memory under the same tensor is noticed, though its version stays.
         """
         owner = nn.Parameter(torch.ones(4))
-        watched, version = Watched(owner, copy_of(owner)), owner._version
+        watched, version = Watched([owner], [copy_of(owner)]), owner._version
 
         owner.data = torch.ones(4)
 
         assert owner._version == version
-        assert watched.is_changed()
+        assert watched.changed()
 
     @pytest.mark.parametrize(
         "change",
@@ -239,13 +240,13 @@ class TestWatched:
         A write that leaves the version as it is goes unnoticed, unless the values are compared.
         """
         owner = nn.Parameter(torch.tensor([1.0, 2.0, float("nan"), 0.0]))
-        unchecked = Watched(owner, copy_of(owner))
-        checked = Watched(owner, copy_of(owner), checked=True)
+        unchecked = Watched([owner], [copy_of(owner)])
+        checked = Watched([owner], [copy_of(owner)], checked=True)
 
         change(owner)
 
-        assert not unchecked.is_changed()
-        assert checked.is_changed()
+        assert not unchecked.changed()
+        assert checked.changed()
 
     @pytest.mark.parametrize(
         "data", [lambda owner: owner.data[:2], lambda owner: owner.data.view(torch.int32)]
@@ -255,42 +256,42 @@ class TestWatched:
         The same memory under another shape or dtype is a change to who compares.
         """
         owner = torch.zeros(4)
-        checked = Watched(owner, copy_of(owner), checked=True)
+        checked = Watched([owner], [copy_of(owner)], checked=True)
 
         owner.data = data(owner)
 
-        assert checked.is_changed()
+        assert checked.changed()
 
     def test_torn(self):
         """
         A copy that differs from the values of the request is torn, wherever the tensor stands by now.
         """
         owner = nn.Parameter(torch.zeros(4))
-        torn, whole = (Watched(owner, copy_of(owner), checked=True) for _ in range(2))
-        torn.copy[3] = 1
+        torn, whole = (Watched([owner], [copy_of(owner)], checked=True) for _ in range(2))
+        torn.copies[0][3] = 1
         owner.data.add_(5)
 
-        assert torn.is_torn()
-        assert not whole.is_torn()
+        assert torn.torn()
+        assert not whole.torn()
 
     def test_not_compared(self):
         """
         Without the values of the request, no copy is known to be torn.
         """
         owner = torch.zeros(4)
-        watched = Watched(owner, torch.ones(4))
+        watched = Watched([owner], [torch.ones(4)])
 
-        assert not watched.is_torn()
+        assert not watched.torn()
 
     def test_odd_layouts(self):
         """
         Tensors with gaps, transposed, without dimensions or elements are compared by value as well.
         """
         for owner in (torch.ones(4, 4)[:, 1], torch.ones(2, 3).t(), torch.tensor(1.0), torch.zeros(0)):
-            watched = Watched(owner, copy_of(owner), checked=True)
-            assert not watched.is_changed()
+            watched = Watched([owner], [copy_of(owner)], checked=True)
+            assert not watched.changed()
             owner.data.add_(1)
-            assert watched.is_changed() == (owner.numel() > 0)
+            assert bool(watched.changed()) == (owner.numel() > 0)
 
 
 class TestRun:
@@ -323,7 +324,7 @@ class TestRun:
         """
         owner = nn.Parameter(torch.ones(4))
         target = copy_of(owner)
-        copy = BackgroundCopy([HostMove([target], [owner])], [Watched(owner, target)])
+        copy = BackgroundCopy([HostMove([target], [owner])], Watched([owner], [target]))
         freed = weakref.ref(owner)
         copy.run()
 
@@ -455,7 +456,7 @@ class TestLetChange:
         owner = nn.Parameter(torch.ones(4))
         move = Steps([])
         move.may_finish.clear()
-        copy = BackgroundCopy([move], [Watched(owner, copy_of(owner))])
+        copy = BackgroundCopy([move], Watched([owner], [copy_of(owner)]))
         thread.carry_out(copy)
         copy.let_change()
         with torch.no_grad():
@@ -473,7 +474,7 @@ class TestLetChange:
         owners = [nn.Parameter(torch.ones(4)) for _ in range(3)]
         copies = [copy_of(owner) for owner in owners]
         state = {"module": {str(index): one for index, one in enumerate(copies)}}
-        watched = [Watched(owner, one) for owner, one in zip(owners, copies, strict=True)]
+        watched = Watched(owners, copies)
         move = Steps([])
         move.may_finish.clear()
         copy = BackgroundCopy([move], watched, lambda tensor: path_to(state, tensor))
@@ -497,7 +498,7 @@ class TestLetChange:
         owner = nn.Parameter(torch.ones(4))
         move = Steps([])
         move.may_begin.clear()
-        copy = BackgroundCopy([move], [Watched(owner, copy_of(owner))], lambda tensor: "there")
+        copy = BackgroundCopy([move], Watched([owner], [copy_of(owner)]), lambda tensor: "there")
         thread.carry_out(copy)
         assert move.reached_begin.wait(TOO_LONG)
         with torch.no_grad():
@@ -512,7 +513,7 @@ class TestLetChange:
         A change after the copy was complete does not concern it.
         """
         owner = nn.Parameter(torch.ones(4))
-        copy = BackgroundCopy([], [Watched(owner, copy_of(owner))])
+        copy = BackgroundCopy([], Watched([owner], [copy_of(owner)]))
         copy.run()
         with torch.no_grad():
             owner.add_(1)
@@ -544,7 +545,7 @@ class TestIsOver:
 
 class TestChecked:
     def make(self, *moves: HostMove, owner: nn.Parameter, target: torch.Tensor) -> BackgroundCopy:
-        watched = [Watched(owner, target, checked=True)]
+        watched = Watched([owner], [target], checked=True)
         return BackgroundCopy(moves, watched, lambda tensor: "there", checked=True)
 
     def test_holds_until_the_change(self):
@@ -726,7 +727,7 @@ class TestFailure:
         The first thing that went wrong is the one that is told of.
         """
         owner = nn.Parameter(torch.ones(4))
-        copy = BackgroundCopy([Breaks(OSError("first"))], [Watched(owner, copy_of(owner))])
+        copy = BackgroundCopy([Breaks(OSError("first"))], Watched([owner], [copy_of(owner)]))
         copy.run()
         with torch.no_grad():
             owner.add_(1)
@@ -742,7 +743,7 @@ class TestFailure:
         """
         owner = nn.Parameter(torch.ones(4))
         move = BreaksLater(OSError("second"))
-        copy = BackgroundCopy([move], [Watched(owner, copy_of(owner))])
+        copy = BackgroundCopy([move], Watched([owner], [copy_of(owner)]))
         thread.carry_out(copy)
         assert move.reached_finish.wait(TOO_LONG)
         with torch.no_grad():
@@ -788,7 +789,7 @@ class TestFailure:
         held = weakref.ref(owner)
         target = copy_of(owner)
         copy = BackgroundCopy(
-            [HostMove([target], [owner])], [Watched(owner, target, checked=checked)], checked=checked
+            [HostMove([target], [owner])], Watched([owner], [target], checked=checked), checked=checked
         )
         copy.give_up(OSError("mine"))
         del owner

@@ -152,7 +152,7 @@ class TestStep:
                 early.append(written.wait(A_MOMENT))
                 super().begin()
 
-        copy = BackgroundCopy([Slow([target], [parameter])], [Watched(parameter, target)])
+        copy = BackgroundCopy([Slow([target], [parameter])], Watched([parameter], [target]))
         thread = CopyThread()
         thread.start()
         fence.hold(copy, lambda seconds: None)

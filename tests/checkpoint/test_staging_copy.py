@@ -467,7 +467,7 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 def watched(snapshot: Snapshot) -> list[int]:
     """Return the addresses of the tensors on the snapshot that are not copied yet."""
-    return [] if snapshot.copy is None else [one.copy.data_ptr() for one in snapshot.copy._watched]
+    return [] if snapshot.copy is None else [one.data_ptr() for one in snapshot.copy._watched.copies]
 
 
 def waits(snapshot: Snapshot, *names: Any) -> list[bool]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from operator import attrgetter
 from typing import Protocol
 
@@ -107,36 +109,53 @@ class SharedMoves:
 
 class Watched:
     """
-    A tensor that nothing but an optimizer's step is to change until it is copied.
+    Tensors that nothing but an optimizer's step is to change until they are copied.
 
-    Its version counter and the place of its memory are a tripwire, no proof: fused optimizers,
+    Their version counters and the places of their memory are a tripwire, no proof: fused optimizers,
     batch normalization and ``.data`` change memory and leave both as they are.
 
     Args:
-        owner: The tensor that the optimizer holds.
-        copy: Its place on the snapshot.
+        owners: Those that the optimizer holds.
+        copies: The place of each on the snapshot.
         checked: Keep the values of this moment, to compare with later: the proof, for a second
             copy's time and memory.
     """
 
-    __slots__ = ("_address", "_owner", "_values", "_version", "copy")
+    def __init__(
+        self,
+        owners: Sequence[torch.Tensor] = (),
+        copies: Sequence[torch.Tensor] = (),
+        *,
+        checked: bool = False,
+    ) -> None:
+        self.copies = copies
+        self._owners = owners
+        # Attribute by attribute, not tensor by tensor: so the loops run in C.
+        self._marks = self._look()
+        self._values = [owner.detach().to("cpu", copy=True) for owner in owners] if checked else None
 
-    def __init__(self, owner: torch.Tensor, copy: torch.Tensor, *, checked: bool = False) -> None:
-        self.copy = copy
-        self._owner = owner
-        self._version = owner._version
-        self._address = owner.data_ptr()
-        self._values = owner.detach().to("cpu", copy=True) if checked else None
+    def __len__(self) -> int:
+        return len(self._owners)
 
-    def is_changed(self) -> bool:
-        """Tell whether somebody wrote to the tensor since."""
-        if self._version != self._owner._version or self._address != self._owner.data_ptr():
-            return True
-        return self._values is not None and not _same_bytes(self._owner.detach().cpu(), self._values)
+    def changed(self) -> list[torch.Tensor]:
+        """Return the copies of those that somebody wrote to since."""
+        marks = self._look()
+        if marks == self._marks and self._values is None:
+            return []
+        changed = list(map(operator.ne, zip(*marks, strict=True), zip(*self._marks, strict=True)))
+        for index, value in enumerate(self._values or ()):
+            changed[index] = changed[index] or not _same_bytes(self._owners[index].detach().cpu(), value)
+        return list(compress(self.copies, changed))
 
-    def is_torn(self) -> bool:
-        """Tell whether the copy, now complete, differs from the values of the request."""
-        return self._values is not None and not _same_bytes(self.copy.detach(), self._values)
+    def torn(self) -> list[torch.Tensor]:
+        """Return the copies, now complete, that differ from the values of the request."""
+        if self._values is None:
+            return []
+        pairs = zip(self.copies, self._values, strict=True)
+        return [copy for copy, value in pairs if not _same_bytes(copy.detach(), value)]
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        return list(map(attrgetter("_version"), self._owners)), list(map(torch.Tensor.data_ptr, self._owners))
 
 
 class BackgroundCopy:
@@ -156,7 +175,7 @@ class BackgroundCopy:
     def __init__(
         self,
         moves: Sequence[Move],
-        watched: Sequence[Watched] = (),
+        watched: Watched | None = None,
         place_of: Callable[[torch.Tensor], str] = repr,
         *,
         checked: bool = False,
@@ -166,7 +185,7 @@ class BackgroundCopy:
         self._host = SharedMoves(
             part for move in moves if isinstance(move, HostMove) for part in move.parts()
         )
-        self._watched: Sequence[Watched] = watched
+        self._watched = watched or Watched()
         self._place_of = place_of
         self._checked = checked
         self._passed = False  # `let_change` has compared the live tensors
@@ -215,7 +234,7 @@ class BackgroundCopy:
             changed = self._find_changed()
             self._passed = True
             if self._arrived.is_set():
-                self._watched = ()
+                self._watched = Watched()
             if changed:
                 self._error = self._error or SnapshotChangedError(changed)
                 raise SnapshotChangedError(changed)
@@ -259,7 +278,7 @@ class BackgroundCopy:
         # The live tensors may be freed from now on.
         self._moves, self._host = (), SharedMoves(())
         if self._passed or not self._checked or self._error is not None:
-            self._watched = ()
+            self._watched = Watched()
         self._begun.set()
         self._arrived.set()
 
@@ -282,10 +301,10 @@ class BackgroundCopy:
                     self._error = self._error or SnapshotChangedError(changed)
 
     def _find_changed(self) -> list[str]:
-        return [self._place_of(watched.copy) for watched in self._watched if watched.is_changed()]
+        return list(map(self._place_of, self._watched.changed()))
 
     def _find_torn(self) -> None:
-        torn = [self._place_of(watched.copy) for watched in self._watched if watched.is_torn()]
+        torn = list(map(self._place_of, self._watched.torn()))
         if torn:
             self._error = self._error or SnapshotChangedError(torn)
 

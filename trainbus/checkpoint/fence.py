@@ -132,7 +132,7 @@ def owned_tensors(optimizers: Iterable[Any]) -> Mapping[int, torch.Tensor]:
     owned: dict[int, torch.Tensor] = {}
     for optimizer in optimizers:
         if _is_known(optimizer) and optimizer not in _captured:
-            tensors = list(_tensors_of(optimizer))
+            tensors = _tensors_of(optimizer)
             owned.update(zip(map(torch.Tensor.data_ptr, tensors), tensors, strict=True))
     for stranger in [one for one in _seen if not _is_known(one) or one in _captured]:
         for tensor in _tensors_of(stranger):
@@ -148,19 +148,16 @@ def _is_known(optimizer: Any) -> bool:
     )
 
 
-def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad and _has_address(parameter):
-                yield parameter
-    for state in optimizer.state.values():
-        for value in state.values() if isinstance(state, Mapping) else ():
-            if isinstance(value, torch.Tensor) and _has_address(value):
-                yield value
-
-
-def _has_address(tensor: torch.Tensor) -> bool:
-    return type(tensor) in (torch.nn.Parameter, torch.Tensor) and tensor.layout is torch.strided
+def _tensors_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    groups, states = optimizer.param_groups, optimizer.state.values()
+    parameters = [one for group in groups for one in group["params"] if one.requires_grad]
+    values = [one for state in states if isinstance(state, Mapping) for one in state.values()]
+    # Of others, be they no tensors at all, nobody knows where they lie.
+    return [
+        one
+        for one in (*parameters, *values)
+        if type(one) in (torch.nn.Parameter, torch.Tensor) and one.layout is torch.strided
+    ]
 
 
 @torch.compiler.disable(reason=_WHY_NO_FULL_GRAPH)  # type: ignore[no-untyped-call, untyped-decorator]

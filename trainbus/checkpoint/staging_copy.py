@@ -7,6 +7,7 @@ import operator
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -245,7 +246,11 @@ class Stager:
             for index in waiting
             if (layout := plan.layouts[index]) is not None and layout.range in late_ranges
         ]
-        watched = [Watched(waiting[i], copies[id(tensors[i])], checked=self._check) for i in late]
+        watched = Watched(
+            [waiting[index] for index in late],
+            [copies[id(tensors[index])] for index in late],
+            checked=self._check,
+        )
         copy = BackgroundCopy(
             moves, watched, lambda tensor: path_to(copied, tensor), checked=self._check and bool(watched)
         )
@@ -320,16 +325,19 @@ def _find_waiting(
         for index, address in enumerate(addresses)
         if address is not None and (owner := owners.get(address)) is not None
     }
-    extents, owners_extents = _extents([tensors[index] for index in found]), _extents(list(found.values()))
-    if extents == owners_extents:
-        return found
-    same = zip(found, zip(*extents, strict=True), zip(*owners_extents, strict=True), strict=True)
-    return {index: found[index] for index, extent, of_owner in same if extent == of_owner}
+    pairs = [tensors[index] for index in found], list(found.values())
+    dtypes = (map(attrgetter("dtype"), side) for side in pairs)
+    # Storage, offset, shape and strides in one call for each pair; False where a bit says conj or negative.
+    same = map(operator.and_, map(torch.Tensor.is_set_to, *pairs), map(operator.is_, *dtypes))
+    return {
+        index: owner
+        for (index, owner), is_same in zip(found.items(), same, strict=True)
+        if is_same or _extent(tensors[index]) == _extent(owner)
+    }
 
 
-def _extents(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
-    dtypes, shapes = (list(map(operator.attrgetter(name), tensors)) for name in ("dtype", "shape"))
-    return dtypes, shapes, list(map(torch.Tensor.stride, tensors))
+def _extent(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _copy_parts(tensor: torch.Tensor) -> torch.Tensor:
