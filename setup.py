@@ -1,4 +1,5 @@
 import platform
+import sysconfig
 
 from setuptools import Extension, setup
 
@@ -12,9 +13,10 @@ nontemporal = Extension(
     extra_link_args=["-pthread"],
     optional=True,
 )
-has_sse2 = platform.machine() in ("x86_64", "AMD64")
+# Free-threaded interpreters have no stable ABI.
+is_built = platform.machine() in ("x86_64", "AMD64") and not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 setup(
-    ext_modules=[nontemporal] if has_sse2 else [],
-    options={"bdist_wheel": {"py_limited_api": "cp311"}} if has_sse2 else {},
+    ext_modules=[nontemporal] if is_built else [],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if is_built else {},
 )

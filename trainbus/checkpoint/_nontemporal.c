@@ -22,7 +22,7 @@ enum {
     PAGE = 4096,
     PAGES = 4,                 /* read at the same time, because a core prefetches within one page only */
     PIECE = 1 << 20,           /* what a thread takes at a time */
-    WORTH_A_THREAD = 4 << 20,  /* starting one takes as long as copying some hundred KiB */
+    WORTH_A_THREAD = 4 << 20,  /* starting one takes as long as copying about 1 MiB */
     MOST_THREADS = 64,
 };
 
