@@ -189,7 +189,7 @@ class TestUsesOneThread:
         """
         monkeypatch.setattr(host_copy, "copy_past_caches", lambda *_: None)
 
-        assert not uses_one_thread(100 * KIB, 100)
+        assert not uses_one_thread([torch.empty(8)] * 100)
 
     def test_torch(self, monkeypatch):
         """
@@ -197,8 +197,8 @@ class TestUsesOneThread:
         """
         monkeypatch.setattr(host_copy, "copy_past_caches", None)
 
-        assert uses_one_thread(128 * KIB * 100, 100)
-        assert not uses_one_thread(128 * KIB * 100 + 1, 100)
+        assert uses_one_thread([torch.empty(32_768)] * 100)
+        assert not uses_one_thread([torch.empty(32_768)] * 99 + [torch.empty(32_769)])
 
 
 class TestWithoutACompiler:

@@ -48,7 +48,7 @@ class HostMove:
 
     def parts(self) -> list[HostMove]:
         """Return it in parts of which two threads can take turns; one part where that is not worth it."""
-        if self._size() < _WORTH_SHARING:
+        if sum(map(attrgetter("nbytes"), self.targets)) < _WORTH_SHARING:
             return [self]
         count = -(-len(self.targets) // _PARTS)
         return [
@@ -58,10 +58,7 @@ class HostMove:
 
     def is_serial(self) -> bool:
         """Tell whether `begin` copies most of it on one thread, however many it may use."""
-        return uses_one_thread(self._size(), len(self.targets))
-
-    def _size(self) -> int:
-        return sum(map(attrgetter("nbytes"), self.targets))
+        return uses_one_thread(self.targets)
 
     def hold_back(self) -> None:
         pass

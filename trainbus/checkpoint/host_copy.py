@@ -36,6 +36,8 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
     copy_past_caches(to, outof, array("Q", map(attrgetter("nbytes"), targets)), torch.get_num_threads())
 
 
-def uses_one_thread(size: int, count: int) -> bool:
-    """Tell whether `copy_all` copies most of *size* bytes, of *count* tensors, on one thread in any case."""
-    return copy_past_caches is None and size <= 4 * _SERIAL_ELEMENTS * count
+def uses_one_thread(targets: Sequence[torch.Tensor]) -> bool:
+    """Tell whether `copy_all` fills most of *targets* on one thread, however many it may use."""
+    if copy_past_caches is not None:
+        return False
+    return sum(map(attrgetter("nbytes"), targets)) <= 4 * _SERIAL_ELEMENTS * len(targets)
