@@ -66,9 +66,19 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.snapshot_plan",
     },
     "trainbus.checkpoint.zip_records": set(),
-    "trainbus.checkpoint.state_pickle": set(),
+    "trainbus.checkpoint.turns": set(),
+    "trainbus.checkpoint.state_pickle": {"trainbus.checkpoint._writing", "trainbus.checkpoint.turns"},
+    "trainbus.checkpoint.record_sums": {"trainbus.checkpoint._writing"},
+    "trainbus.checkpoint.image_records": {
+        "trainbus.checkpoint.record_sums",
+        "trainbus.checkpoint.turns",
+        "trainbus.checkpoint.zip_records",
+    },
     "trainbus.checkpoint.archive": {
+        "trainbus.checkpoint.image_records",
+        "trainbus.checkpoint.record_sums",
         "trainbus.checkpoint.state_pickle",
+        "trainbus.checkpoint.turns",
         "trainbus.checkpoint.zip_records",
     },
     "trainbus.checkpoint.snapshot_views": {

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from trainbus.checkpoint import host_copy
+from trainbus.checkpoint import host_copy, record_sums
 
 ROOT = Path(__file__).parent.parent
-EXTENSION = "trainbus/checkpoint/_nontemporal.abi3.so"
+EXTENSIONS = {
+    "trainbus/checkpoint/_nontemporal.abi3.so": host_copy.copy_past_caches,
+    "trainbus/checkpoint/_writing.abi3.so": record_sums.sum_up,
+}
 
 
 @pytest.mark.full
@@ -27,12 +30,12 @@ class TestWheel:
         assert {"trainbus/py.typed", "trainbus_callbacks/py.typed", "trainbus/cli/demo.py"} <= set(names)
 
     def test_needs_no_compiler(self, source, wheel, tmp_path):
-        """Where nothing can be compiled the same wheel is built, without what speeds up snapshots."""
+        """Where nothing can be compiled the same wheel is built, without what speeds up saves."""
         plain = build(source, tmp_path, CC="false")
 
-        extension = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")}
-        assert extension == ({EXTENSION} if host_copy.copy_past_caches else set())
-        others = {*zipfile.ZipFile(wheel).namelist()} - extension
+        extensions = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")}
+        assert extensions == {name for name, function in EXTENSIONS.items() if function is not None}
+        others = {*zipfile.ZipFile(wheel).namelist()} - extensions
         assert {*zipfile.ZipFile(plain).namelist()} == others
 
     def test_passes_the_tests(self, wheel, tmp_path):

@@ -3,13 +3,14 @@ from __future__ import annotations
 import io
 import logging
 import mmap
+import struct
 import zipfile
 from typing import Any
 
 import pytest
 import torch
 
-from trainbus.checkpoint import archive
+from trainbus.checkpoint import archive, image_records, turns
 from trainbus.checkpoint.archive import Image, write_archive
 from trainbus.checkpoint.zip_records import ROOM
 
@@ -41,10 +42,28 @@ def on_image(*counts: int) -> tuple[Image, list[torch.Tensor]]:
     return Image(memoryview(memory)[: sum(sizes)], tensors, len(tensors)), tensors
 
 
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Let even small images be summed up, and written in place, in several batches."""
+    monkeypatch.setattr(image_records, "_FIRST_BATCH", 4096)
+    monkeypatch.setattr(image_records, "_LARGEST_BATCH", 3 * 4096)
+    monkeypatch.setattr(archive, "_WORTH_IN_PLACE", 4096)
+
+
 def written(state: Any, image: Image) -> Parts:
     stream = Parts()
     assert write_archive(state, image, stream)
     return stream
+
+
+def assert_sums_hold(stream: Parts) -> None:
+    """Check the sums in the directory, and those that stand behind each record."""
+    file, data = zipfile.ZipFile(stream), stream.getvalue()
+    assert file.testzip() is None
+    for record in file.infolist():
+        name, extra = struct.unpack("<HH", data[record.header_offset + 26 : record.header_offset + 30])
+        end = record.header_offset + 30 + name + extra + record.file_size
+        assert data[end : end + 8] == b"PK\x07\x08" + struct.pack("<I", record.CRC), record.filename
 
 
 class TestFile:
@@ -89,17 +108,27 @@ class TestFile:
         assert loaded["tied"].data_ptr() == loaded["first"].data_ptr() + 5 * 4
         assert loaded["step"] == 4
 
-    def test_sums_are_right(self, monkeypatch):
+    @pytest.mark.usefixtures("small_batches")
+    @pytest.mark.parametrize(
+        "counts",
+        [
+            pytest.param((5000, 1, 250, 251), id="in pieces"),
+            pytest.param((1024, 2000, 48, 1), id="up to where a batch ends"),
+            pytest.param((10,) * 2000, id="many in a batch"),
+        ],
+    )
+    def test_sums_are_right(self, counts):
         """
-        The zip's sums hold, also where a record is summed up in several pieces.
+        The zip's sums hold, however records and what is summed up at once divide each other.
         """
-        monkeypatch.setattr(archive, "_AT_ONCE", 8192)
-        image, tensors = on_image(5000, 1, 250, 251)
+        image, tensors = on_image(*counts)
 
-        file = zipfile.ZipFile(written(tensors, image))
+        stream = written(tensors, image)
 
-        assert file.testzip() is None
-        assert [len(file.read(f"archive/data/{key}")) for key in range(4)] == [20000, 4, 1000, 1004]
+        assert_sums_hold(stream)
+        file = zipfile.ZipFile(stream)
+        sizes = [file.getinfo(f"archive/data/{key}").file_size for key in range(len(counts))]
+        assert sizes == [4 * count for count in counts]
 
     def test_nothing_left_between(self):
         """
@@ -134,12 +163,71 @@ class TestFile:
         assert all(map(torch.equal, loaded, tensors))
 
 
+class TestNextFile:
+    @pytest.mark.usefixtures("small_batches")
+    def test_other_values(self):
+        """
+        Files from the same image have sums of their own values, whatever stood between these before.
+        """
+        image, tensors = on_image(5000, 1, 250, 251)
+        for number in range(3):
+            image.memory[:] = bytes([number]) * len(image.memory)
+
+            stream = written(tensors, image)
+
+            assert_sums_hold(stream)
+            stream.seek(0)
+            assert all(map(torch.equal, torch.load(stream, weights_only=True), tensors))
+
+    def test_laid_out_alike(self, monkeypatch):
+        """
+        What stands around the tensors is made once for files that are laid out alike.
+        """
+        made: list[int] = []
+
+        class Counted(image_records.ImageRecords):
+            def __init__(self, *arguments: Any) -> None:
+                made.append(1)
+                super().__init__(*arguments)
+
+        monkeypatch.setattr(archive, "ImageRecords", Counted)
+        image, tensors = on_image(100, 200)
+
+        for step in range(3):
+            written({"tensors": tensors, "step": step}, image)
+
+        assert len(made) == 1
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            pytest.param(lambda state: {**state, "text": "long" * 2000}, id="longer pickle"),
+            pytest.param(lambda state: {**state, "step": 300}, id="a byte more"),
+            pytest.param(lambda state: {"tensors": state["tensors"][::-1]}, id="other names"),
+        ],
+    )
+    def test_laid_out_differently(self, change):
+        """
+        A file that is laid out differently from the one before is right too.
+        """
+        image, tensors = on_image(100, 200)
+        state = {"tensors": tensors, "step": 1}
+        written(state, image)
+
+        stream = written(change(state), image)
+
+        assert_sums_hold(stream)
+        stream.seek(0)
+        loaded = torch.load(stream, weights_only=True)
+        assert all(map(torch.equal, loaded["tensors"], change(state)["tensors"]))
+
+
 class TestInPlace:
-    def test_image_is_not_copied(self, monkeypatch):
+    @pytest.mark.usefixtures("small_batches")
+    def test_image_is_not_copied(self):
         """
         All tensors are handed on from where they lie, at a multiple of a block of the file, piece by piece.
         """
-        monkeypatch.setattr(archive, "_AT_ONCE", 3 * 4096)
         image, tensors = on_image(4000, 50, 7000, 3)
 
         stream = written(tensors, image)
@@ -150,6 +238,8 @@ class TestInPlace:
         end = tensors[-1].data_ptr() + 12 - image.address
         assert sum(size for _, _, size in stream.in_place) == end
         assert all(at - begin == address - image.address for at, address, _ in stream.in_place)
+        # One block of bytes, two, then three each time, and what is left.
+        assert [size // 4096 for _, _, size in stream.in_place] == [1, 2, 3, 3, 1, 0]
         assert all(size % 4096 == 0 for _, _, size in stream.in_place[:-1])
 
     def test_small_file_is_copied(self):
@@ -160,11 +250,11 @@ class TestInPlace:
 
         assert written(tensors, image).in_place == []
 
-    def test_handed_on_only_when_complete(self, monkeypatch):
+    @pytest.mark.usefixtures("small_batches")
+    def test_handed_on_only_when_complete(self):
         """
         What was handed on is what stands in the file at the end: nothing is filled in afterwards.
         """
-        monkeypatch.setattr(archive, "_AT_ONCE", 4096)
         image, tensors = on_image(*[900] * 20)
 
         stream = written(tensors, image)
@@ -174,7 +264,44 @@ class TestInPlace:
         assert stream.getvalue()[begin:end] == bytes(image.memory[: end - begin])
 
 
+class TestTurns:
+    def test_for_each_tensor(self, monkeypatch):
+        """
+        Other threads are offered a turn at the interpreter for each tensor, in all that is done for each.
+        """
+
+        class Clock:
+            now = slept = 0
+
+            def perf_counter(self) -> int:
+                self.now += 1
+                return self.now
+
+            def sleep(self, seconds: float) -> None:
+                self.slept += 1
+
+        clock = Clock()
+        monkeypatch.setattr(turns, "time", clock)
+        image, tensors = on_image(*[10] * 100)
+        archive._works()
+
+        for things_done in (5, 3):  # the second time, what is pickled and what stands around them is known
+            clock.slept = 0
+            written(tensors, image)
+            assert clock.slept == pytest.approx(100 * things_done, abs=5)
+
+
 class TestFallback:
+    def test_storage_elsewhere(self):
+        """
+        A storage that is not in the host's memory is left to ``torch.save``.
+        """
+        image, tensors = on_image(10)
+        stream = Parts()
+
+        assert not write_archive([*tensors, torch.UntypedStorage(3, device="meta")], image, stream)
+        assert stream.getvalue() == b""
+
     def test_storage_that_was_not_met(self):
         """
         A state that lacks a tensor of the image is left to ``torch.save``, with nothing written.

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
+import inspect
 import io
+import weakref
 import zipfile
 from collections import OrderedDict
 from typing import Any
@@ -8,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainbus.checkpoint.state_pickle import Reductions, pickled
+from trainbus.checkpoint import state_pickle
+from trainbus.checkpoint.state_pickle import Reductions, only_about, pickled
+
+built = pytest.mark.skipif(not inspect.isbuiltin(only_about), reason="needs a C compiler at installation")
 
 
 def of_torch(state: Any) -> bytes:
@@ -42,10 +48,21 @@ def plain_tensors(nested: dict[str, Any]) -> list[torch.Tensor]:
     return [one for one in found if one.layout is torch.strided and not one.is_quantized]
 
 
+def python_only_about(types: frozenset[type], function: Any) -> Any:
+    return lambda value: function(value) if type(value) in types else None
+
+
+@pytest.fixture(params=[pytest.param("extension", marks=built), "Python"])
+def way(request, monkeypatch):
+    """Pickle with and without the extension."""
+    if request.param == "Python":
+        monkeypatch.setattr(state_pickle, "only_about", python_only_about)
+
+
 @pytest.mark.filterwarnings("ignore")
 class TestPickled:
     @pytest.mark.parametrize("known", [True, False])
-    def test_is_what_torch_writes(self, known):
+    def test_is_what_torch_writes(self, way, known):
         """
         With and without what is known of the tensors, the pickle is that of ``torch.save``, byte for byte.
         """
@@ -85,3 +102,80 @@ class TestPickled:
         monkeypatch.setattr(torch.Tensor, "__reduce_ex__", lambda *_: pytest.fail("was asked"))
 
         assert len(pickled([tensor, parameter], reductions)[1]) == 2
+
+    def test_hooks_of_tensors(self, way):
+        """
+        Dicts that are empty now and had something in them, or will have, are pickled as they are.
+        """
+        hooks: OrderedDict[str, int] = OrderedDict()
+        tensor = torch.ones(2)
+        reductions = Reductions([tensor])
+        nested = {"tensor": tensor, "hooks": hooks, "again": hooks}
+
+        assert pickled(nested, reductions)[0] == of_torch(nested)
+        hooks["one"] = 1
+        assert pickled(nested, reductions)[0] == of_torch(nested)
+
+    def test_nothing_is_kept(self, way):
+        """
+        What was pickled is free afterwards without the garbage collector, which is paused during saves.
+        """
+        tensor = torch.ones(2)
+        gone = weakref.ref(tensor)
+        gc.disable()
+        try:
+            pickled([tensor], Reductions([]))
+            del tensor
+            assert gone() is None
+        finally:
+            gc.enable()
+
+
+@built
+class TestOnlyAbout:
+    def test_other_types(self):
+        """
+        The function is asked about values of these very types, not of subclasses; others have no answer.
+        """
+        ask = only_about(frozenset((int, list)), lambda value: ("asked", value))
+
+        assert [ask(value) for value in (1, [], True, "a", {}, None)] == [
+            ("asked", 1),
+            ("asked", []),
+            None,
+            None,
+            None,
+            None,
+        ]
+
+    def test_function_that_fails(self):
+        """
+        What the function raises is passed on.
+        """
+        with pytest.raises(ZeroDivisionError):
+            only_about(frozenset((int,)), lambda value: 1 / value)(0)
+
+    def test_types_that_are_no_frozenset(self):
+        """
+        Types that could change meanwhile are refused.
+        """
+        with pytest.raises(TypeError, match="frozenset"):
+            only_about({int}, str)
+
+    def test_function_is_let_go(self):
+        """
+        The function lives as long as what asks it.
+        """
+
+        class Function:
+            def __call__(self, value: Any) -> Any:
+                return value
+
+        function = Function()
+        gone = weakref.ref(function)
+        ask = only_about(frozenset((int,)), function)
+        del function
+
+        assert ask(7) == 7 and gone() is not None
+        del ask
+        assert gone() is None

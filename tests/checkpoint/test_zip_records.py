@@ -10,7 +10,7 @@ import zlib
 import pytest
 import torch
 
-from trainbus.checkpoint.zip_records import ROOM, Record, between, directory
+from trainbus.checkpoint.zip_records import ROOM, SUM_IN_ENTRY, SUM_IN_TAIL, Record, between, directory, entry
 
 
 def archive(contents: dict[str, bytes]) -> bytes:
@@ -22,7 +22,11 @@ def archive(contents: dict[str, bytes]) -> bytes:
         records.append(record)
         last = record
     file += between(last, None, len(file))
-    return bytes(file + directory(records, len(file)))
+    return bytes(file + end_of(records, len(file)))
+
+
+def end_of(records: list[Record], start: int) -> bytes:
+    return directory(b"".join(map(entry, records)), len(records), start)
 
 
 CONTENTS = {"archive/a": b"hello", "archive/empty": b"", "archive/data/0": bytes(range(256)) * 9}
@@ -71,7 +75,7 @@ class TestArchive:
             file.seek(size, os.SEEK_CUR)
             file.write(between(large, last, file.tell()) + b"3\n")
             file.write(between(last, None, file.tell()))
-            file.write(directory([large, last], file.tell()))
+            file.write(end_of([large, last], file.tell()))
 
         opened = zipfile.ZipFile(tmp_path / "a.zip")
         reader = torch._C.PyTorchFileReader(str(tmp_path / "a.zip"))
@@ -92,6 +96,20 @@ class TestArchive:
         opened = zipfile.ZipFile(io.BytesIO(archive(dict.fromkeys(names, b""))))
 
         assert opened.namelist() == names
+
+
+class TestSums:
+    @pytest.mark.parametrize("size", [10, 5 << 30])
+    def test_where_they_stand(self, size):
+        """
+        A record's sum stands where the constants say, behind it and in its entry, whatever its size.
+        """
+        without, with_sum = (Record("archive/data/0", size, 64, sum=number) for number in (0, 0x04030201))
+
+        for make, at in ((lambda one: between(one, None, 0), SUM_IN_TAIL), (entry, SUM_IN_ENTRY)):
+            expected = bytearray(make(without))
+            expected[at : at + 4] = bytes([1, 2, 3, 4])
+            assert make(with_sum) == expected
 
 
 class TestBetween:

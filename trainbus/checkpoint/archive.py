@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from torch.storage import UntypedStorage
 
+from trainbus.checkpoint.image_records import ImageRecords, Place
+from trainbus.checkpoint.record_sums import crc32
 from trainbus.checkpoint.state_pickle import Reductions, pickled
-from trainbus.checkpoint.zip_records import Record, between, directory
-
-try:
-    from isal.isal_zlib import crc32
-except ImportError:  # where it has no wheel: the same sum, at a seventh of the speed
-    from zlib import crc32
+from trainbus.checkpoint.turns import Turns
+from trainbus.checkpoint.zip_records import Record, between, directory, entry
 
 __all__ = ["Image", "Stream", "write_archive"]
 
@@ -28,9 +26,8 @@ _log = logging.getLogger("trainbus")
 
 _FOLDER = "archive"
 _BLOCK = 4096
-# Summed, hashed and written at once. Not less: a training thread that never leaves Python costs each
-# call its 5 ms turn at the interpreter's lock.
-_AT_ONCE = 16 << 20
+# A file with less goes to the disk in one write, through the cache: copying it costs less than another.
+_WORTH_IN_PLACE = 16 << 20
 
 
 class Stream(Protocol):
@@ -59,11 +56,18 @@ class Image:
         self.address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
         self.count = count
         self._tensors = tensors
+        self._records: ImageRecords | None = None
 
     @functools.cached_property
     def reductions(self) -> Reductions:
         """What pickling asks these tensors for; found out on the thread that first writes them."""
         return Reductions(self._tensors)
+
+    def records(self, places: list[Place], header: int, begins: int) -> ImageRecords:
+        """Return what `ImageRecords` these arguments give: those of the file before, where they fit it."""
+        if self._records is None or not self._records.is_for(places, header, begins):
+            self._records = ImageRecords(places, header, begins)
+        return self._records
 
 
 def write_archive(
@@ -88,11 +92,11 @@ def write_archive(
     if not _works():
         return False
     data, storages = pickled(state, image.reductions)
-    placed, others = _sorted(storages, image)
-    if len(placed) != image.count or any(one.device.type != "cpu" for one in storages):
+    places, others = _sorted(storages, image)
+    if len(places) != image.count or any(one.device.type != "cpu" for _, one in others):
         return False
     wait_for_bytes()
-    _Archive(stream).write(data, placed, others, image)
+    _Archive(stream).write(data, places, others, image)
     return True
 
 
@@ -101,85 +105,76 @@ class _Archive:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._records: list[Record] = []
         self._written = 0
+        self._last: Record | None = None
+        self._entries: list[bytes] = []
+        self._count = 0
 
     def write(
-        self,
-        data: bytes,
-        placed: list[tuple[int, str, UntypedStorage]],
-        others: list[tuple[str, UntypedStorage]],
-        image: Image,
+        self, data: bytes, places: list[Place], others: list[tuple[str, UntypedStorage]], image: Image
     ) -> None:
         # No ".format_version": with it, torch may reckon where the records are instead of looking.
-        self._write_record("data.pkl", data)
-        self._write_record(".storage_alignment", b"64")
-        self._write_record("byteorder", sys.byteorder.encode())
-        self._write_record("version", b"3\n")
-        if placed:
-            self._write_image(placed, image)
-        for key, storage in others:
-            self._write_record(f"data/{key}", _bytes_of(storage))
+        self._write_record(f"{_FOLDER}/data.pkl", data)
+        self._write_record(f"{_FOLDER}/.storage_alignment", b"64")
+        self._write_record(f"{_FOLDER}/byteorder", sys.byteorder.encode())
+        self._write_record(f"{_FOLDER}/version", b"3\n")
+        if places:
+            self._write_image(places, image)
+        for name, storage in others:
+            self._write_record(name, _bytes_of(storage))
         self._append(between(self._last, None, self._written))
-        self._append(directory(self._records, self._written))
-
-    @property
-    def _last(self) -> Record | None:
-        return self._records[-1] if self._records else None
+        self._append(directory(b"".join(self._entries), self._count, self._written))
 
     def _append(self, data: bytes | memoryview) -> None:
         self._stream.write(data)
         self._written += len(data)
 
     def _write_record(self, name: str, data: bytes | memoryview) -> None:
-        record = Record(f"{_FOLDER}/{name}", len(data), sum=crc32(data))
+        record = Record(name, len(data), sum=crc32(data))
         self._append(between(self._last, record, self._written))
         self._append(data)
-        self._records.append(record)
+        self._list(entry(record), 1, record)
 
-    def _write_image(self, placed: list[tuple[int, str, UntypedStorage]], image: Image) -> None:
+    def _write_image(self, places: list[Place], image: Image) -> None:
         """Complete the image between its storages, and have it written up to the last one's end."""
-        memory = image.memory
-        records = [(start, Record(f"{_FOLDER}/data/{key}", one.nbytes())) for start, key, one in placed]
+        first = Record(places[0].name, places[0].size)
         # Memory is handed to the disk as it is, so blocks of it have to be blocks of the file.
         begins = -(-(self._written + 256) // _BLOCK) * _BLOCK
-        self._append(between(self._last, records[0][1], self._written, begins))
-        last, end, done = None, 0, 0
-        for start, record in records:
-            if last is not None:
-                memory[end:start] = between(last, record, begins + end, begins + start)
-            end = start + record.size
-            for at in range(start, end, _AT_ONCE):
-                known = min(at + _AT_ONCE, end)
-                record.sum = crc32(memory[at:known], record.sum)
-                if known - done >= _AT_ONCE:
-                    whole = known - (known - done) % _BLOCK
-                    self._stream.write_in_place(memory[done:whole])
-                    done = whole
-            self._records.append(record)
-            last = record
-        # A small file goes to the disk in one write, through the cache: copying it costs less than another.
-        if done:
-            self._stream.write_in_place(memory[done:end])
-        else:
-            self._stream.write(memory[:end])
-        self._written = begins + end
+        self._append(between(self._last, first, self._written, begins))
+        records = image.records(places, first.header, begins)
+        done = 0
+        for end in records.completed(image.memory):
+            whole = end - end % _BLOCK
+            if whole - done >= _WORTH_IN_PLACE:
+                self._stream.write_in_place(image.memory[done:whole])
+                done = whole
+        rest = image.memory[done : places[-1].end]
+        (self._stream.write_in_place if done else self._stream.write)(rest)
+        self._written = begins + places[-1].end
+        self._list(records.entries, len(places), records.last)
+
+    def _list(self, entries: bytes, count: int, last: Record) -> None:
+        self._entries.append(entries)
+        self._count += count
+        self._last = last
 
 
 def _sorted(
     storages: list[UntypedStorage], image: Image
-) -> tuple[list[tuple[int, str, UntypedStorage]], list[tuple[str, UntypedStorage]]]:
-    """Return those on the image by where they begin on it, and the others; all with their keys."""
-    placed, others = [], []
+) -> tuple[list[Place], list[tuple[str, UntypedStorage]]]:
+    """Return those on the image by where they begin on it, and the others; all with their records' names."""
+    places, others = [], []
     size = len(image.memory)
+    turns = Turns()
     for number, storage in enumerate(storages):
+        name = f"{_FOLDER}/data/{number}"
         start = storage.data_ptr() - image.address
         if 0 <= start < size and storage.nbytes():
-            placed.append((start, str(number), storage))
+            places.append(Place(start, storage.nbytes(), name))
         else:
-            others.append((str(number), storage))
-    placed.sort(key=lambda one: one[0])
-    return placed, others
+            others.append((name, storage))
+        turns.offer()
+    return sorted(places), others
 
 
 def _bytes_of(storage: UntypedStorage) -> memoryview:
@@ -198,8 +193,7 @@ def _works() -> bool:
     try:
         data, storages = pickled(state, Reductions([view]))
         image = Image(memoryview(buffer), [view], 1)
-        placed, others = _sorted(storages, image)
-        _Archive(stream).write(data, placed, others, image)
+        _Archive(stream).write(data, *_sorted(storages, image), image)
         loaded = torch.load(stream.file(), weights_only=True)
         same = torch.equal(loaded["view"], view) and torch.equal(loaded["other"], other)
         tied = loaded["tied"].data_ptr() == loaded["view"].data_ptr() + view.element_size()

@@ -8,13 +8,18 @@ written before its sum is known. Source: PKWARE's APPNOTE 6.3.10, sections 4.3 t
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["ROOM", "Record", "between", "directory"]
+__all__ = ["ROOM", "SUM_IN_ENTRY", "SUM_IN_TAIL", "Record", "between", "directory", "entry"]
 
 ROOM = 112
 """Bytes that `between` needs at most, for records whose names have no more than 20 letters."""
+
+SUM_IN_TAIL = 4
+"""At which of the bytes behind a record its sum begins, four bytes in little-endian order."""
+
+SUM_IN_ENTRY = 16
+"""At which byte of its `entry` it does."""
 
 _ZIP64 = 0xFFFFFFFF  # a size or an offset from which on it takes eight bytes
 _MANY = 0xFFFF
@@ -88,26 +93,25 @@ def between(before: Record | None, after: Record | None, start: int, stop: int |
     return tail + header + name + extra
 
 
-def directory(records: Iterable[Record], start: int) -> bytes:
-    """Return the end of a file whose records end at byte *start*: their directory, and an empty comment."""
-    entries = [_entry(record) for record in records]
-    listed = b"".join(entries)
-    count, size = len(entries), len(listed)
+def directory(entries: bytes, count: int, start: int) -> bytes:
+    """
+    Return the end of a file whose records end at byte *start*: their directory, and an empty comment.
+
+    Args:
+        entries: The `entry` of each record, one behind the other; *count* of them.
+    """
+    size = len(entries)
     end64 = b""
     if count >= _MANY or size >= _ZIP64 or start >= _ZIP64:
         end64 = _END64.pack(b"PK\x06\x06", _END64.size - 12, 45, 45, 0, 0, count, count, size, start)
         end64 += _LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
     few = min(count, _MANY)
     end = _END.pack(b"PK\x05\x06", 0, 0, few, few, min(size, _ZIP64), min(start, _ZIP64), 0)
-    return listed + end64 + end
+    return entries + end64 + end
 
 
-def _sum_of(record: Record) -> bytes:
-    layout = _SUM64 if record._is_large else _SUM
-    return layout.pack(b"PK\x07\x08", record.sum, record.size, record.size)
-
-
-def _entry(record: Record) -> bytes:
+def entry(record: Record) -> bytes:
+    """Return what the directory says of a record; its header's place is known from `between`."""
     name = record.name.encode("ascii")
     large = [record.size, record.size] if record._is_large else []
     if record.header >= _ZIP64:
@@ -138,3 +142,8 @@ def _entry(record: Record) -> bytes:
         + name
         + extra
     )
+
+
+def _sum_of(record: Record) -> bytes:
+    layout = _SUM64 if record._is_large else _SUM
+    return layout.pack(b"PK\x07\x08", record.sum, record.size, record.size)
