@@ -17,7 +17,10 @@ hides what a background write takes from the steps that follow.
   future, a return. For those that never sync it may by then be in memory only.
 - ``host`` is the peak of resident memory over that of the same training alone, with the peer
   imported; processes of the peer count, the page cache does not.
-- ``pause`` is how long a Python thread that only looks at the clock is kept from it during a save.
+- ``pause`` is how long a Python thread that only looks at the clock is kept from it during a save: of the
+  longest pauses in each millisecond the 99th percentile and the longest, and the sum of them all in a
+  save. ``beside Python`` is how long that save takes until it is complete, beside such a thread. Both
+  end after two seconds.
 - ``torn`` counts files that are no state the training was ever in.
 - The clock stands still while a file is removed, for all alike: the previous one, once the next
   is complete.

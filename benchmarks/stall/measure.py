@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import statistics
@@ -92,7 +93,7 @@ class Measurement:
         record["first"], *record["saves"] = windows
         record["timeline"] = [round(seconds, 6) for seconds in loop.durations]
         if job.peer != peers.NO_SAVES:
-            record["pauses"] = _percentiles(self._pauses())
+            record["pauses"] = self._pauses()
             record["idle_pauses"] = _percentiles(pauses.idle())
             record["checked"], record["torn"] = self._check()
 
@@ -120,16 +121,23 @@ class Measurement:
         while len(self._kept) > 1 and self._kept[0].done() and self._kept[1].done():
             self._peer.remove(self._kept.pop(0).path)
 
-    def _pauses(self) -> list[float]:
+    def _pauses(self) -> dict[str, Any]:
+        """Return what a thread that never leaves Python notices of saves, and they of it."""
         found: list[float] = []
+        complete: list[float] = []
+
+        def watch(request: Request) -> None:
+            pauses_of_one, seconds = pauses.watch(request, background=self._peer.background)
+            found.extend(pauses_of_one)
+            complete.append(seconds)
+
         for _ in range(self._job.pause_saves):
             request = self._request()
-            self._loop.step(
-                lambda request=request: found.extend(pauses.watch(request, background=self._peer.background))
-            )
+            self._loop.step(lambda request=request: watch(request))
             request.result()
             self._clean_up()
-        return found
+        known = [seconds if math.isfinite(seconds) else None for seconds in complete]
+        return {**_percentiles(found), "per_save": sum(found) / len(complete), "complete": known}
 
     def _check(self) -> tuple[int, int]:
         """Return how many files were read back and how many of them are no state the training was in."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 from benchmarks.stall.loop import Request
 
-__all__ = ["idle", "look_at_clock", "watch"]
+__all__ = ["WATCHED_SECONDS", "idle", "look_at_clock", "watch"]
 
 IDLE_SECONDS = 0.5
 WATCHED_SECONDS = 2.0
@@ -37,9 +38,11 @@ def look_at_clock(enough: Callable[[], bool]) -> list[float]:
     return pauses
 
 
-def watch(request: Request, *, background: bool) -> list[float]:
+def watch(request: Request, *, background: bool) -> tuple[list[float], float]:
     """
     Return the pauses while *request* is written, from when its call has returned, for two seconds at most.
+
+    And how long it took until it was complete, in seconds; infinite if it was not by then.
 
     What is not written in the background by itself is given to a thread, as people do. A writer
     of thousands of tensors gets the interpreter's lock back from a thread like this one only after
@@ -49,8 +52,10 @@ def watch(request: Request, *, background: bool) -> list[float]:
         request.start()
     else:
         request.start_in_thread()
-    ends = time.perf_counter() + WATCHED_SECONDS
-    return look_at_clock(lambda: request.done() or time.perf_counter() >= ends)
+    begun = time.perf_counter()
+    ends = begun + WATCHED_SECONDS
+    pauses = look_at_clock(lambda: request.done() or time.perf_counter() >= ends)
+    return pauses, time.perf_counter() - begun if request.done() else math.inf
 
 
 def idle() -> list[float]:

@@ -93,10 +93,18 @@ def _row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         row.update(
             pause_p99=statistics.median(run["pauses"]["p99"] for run in runs),
             pause_max=max(run["pauses"]["max"] for run in runs),
+            pause_per_save=statistics.median(run["pauses"]["per_save"] for run in runs),
+            beside_python=_median_of_known([one for run in runs for one in run["pauses"]["complete"]]),
             checked=sum(run["checked"] for run in runs),
             torn=sum(run["torn"] for run in runs),
         )
     return row
+
+
+def _median_of_known(values: list[float | None]) -> float | None:
+    """Return the median of *values*, of which None is the largest; None if it is that."""
+    median = statistics.median_high(math.inf if value is None else value for value in values)
+    return median if math.isfinite(median) else None
 
 
 def _compare(row: dict[str, Any], by_peer: dict[str, dict[str, Any]], limit: dict[str, Any] | None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from benchmarks.stall.pauses import WATCHED_SECONDS
+
 __all__ = ["table"]
 
 _Row = Mapping[str, Any]
@@ -57,6 +59,16 @@ def _complete(row: _Row) -> str:
     return f"{complete['median']:.2f} [{complete['low']:.2f}, {complete['high']:.2f}]"
 
 
+def _pauses(row: _Row) -> str:
+    p99, longest, total = (row[f"pause_{key}"] * 1000 for key in ("p99", "max", "per_save"))
+    return f"{p99:.2f}/{longest:.1f}/{total:.0f}"
+
+
+def _beside_python(row: _Row) -> str:
+    seconds = row["beside_python"]
+    return f"> {WATCHED_SECONDS:.0f}" if seconds is None else f"{seconds:.2f}"
+
+
 _COLUMNS: list[tuple[str, Callable[[_Row], str]]] = [
     ("peer", lambda row: str(row["peer"])),
     ("fsync", lambda row: str(row["fsync"])),
@@ -73,7 +85,8 @@ _COLUMNS: list[tuple[str, Callable[[_Row], str]]] = [
     ("% of disk", lambda row: f"{row['share_of_disk'] * 100:.0f}"),
     ("host MiB (/ state)", lambda row: f"{row['host_bytes'] / 2**20:,.0f} ({row['host_per_state']:.2f})"),
     ("device MiB", lambda row: f"{row['device_bytes'] / 2**20:,.0f}"),
-    ("pause p99/max ms", lambda row: f"{row['pause_p99'] * 1000:.2f}/{row['pause_max'] * 1000:.1f}"),
+    ("pause p99/max/sum ms", _pauses),
+    ("beside Python s", _beside_python),
     ("torn", lambda row: f"{row['torn']} of {row['checked']}"),
 ]
 
