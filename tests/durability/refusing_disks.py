@@ -183,11 +183,20 @@ def written_back_to_nothing(folder: str, mebibytes: float, saves: int) -> dict[s
                     durable[name] = number
                 else:
                     refusals.append(refused)
-                    left += unfinished(volume.path)
+                    left += [one for one in unfinished(volume.path) if can_be_removed(volume.path, one)]
         volume.unmount()
         volume.enlarge_room()
         volume.mount()
         return {"durable": durable, "refusals": refusals, "left": left, **look(volume.path)}
+
+
+def can_be_removed(folder: str, name: str) -> bool:
+    """Remove a file, unless the disk has come to refuse that too, as it may from one moment to the next."""
+    try:
+        os.remove(os.path.join(folder, name))
+    except OSError:
+        return False
+    return True
 
 
 def gone(folder: str, kind: str, mebibytes: int) -> dict[str, Any]:
