@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from trainbus.checkpoint import host_copy
 from trainbus.checkpoint.host_copy import copy_all, uses_one_thread
 
+from .interpreter_lock import is_let_go_by
+
 TOO_LONG = 30
 KIB, MIB = 1 << 10, 1 << 20
 GUARD = 0xEE
@@ -80,28 +82,8 @@ class TestCopyAll:
         A Python thread runs while the bytes are copied.
         """
         source, target = torch.ones(16 * MIB), torch.zeros(16 * MIB)
-        gate, ran = threading.Lock(), threading.Event()
 
-        def run() -> None:
-            with gate:
-                ran.set()
-
-        gate.acquire()
-        other = threading.Thread(target=run)
-        other.start()
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(1000)  # seconds: it has the interpreter only when the copy lets go of it
-        try:
-            gate.release()
-            for _ in range(100):
-                copy_all([target], [source])
-                if ran.is_set():
-                    break
-        finally:
-            sys.setswitchinterval(interval)
-
-        assert ran.is_set()
-        other.join(TOO_LONG)
+        assert is_let_go_by(lambda: copy_all([target], [source]))
 
 
 @built

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import sys
-import threading
 import zlib
 
 import numpy as np
@@ -12,7 +10,8 @@ from hypothesis import strategies as st
 from trainbus.checkpoint import record_sums
 from trainbus.checkpoint.record_sums import add_to_sums
 
-TOO_LONG = 30
+from .interpreter_lock import is_let_go_by
+
 DATA = np.random.default_rng(0).bytes(100_000)
 
 at_once = record_sums.sum_up is not None and record_sums._crc32_in_c() is not None
@@ -78,28 +77,9 @@ class TestAddToSums:
         """
         A Python thread runs while bytes are summed up.
         """
-        gate, ran = threading.Lock(), threading.Event()
+        sums = np.zeros(100, dtype=np.uint32)
 
-        def run() -> None:
-            with gate:
-                ran.set()
-
-        gate.acquire()
-        other = threading.Thread(target=run)
-        other.start()
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(1000)  # seconds: it has the interpreter only when the sum lets go of it
-        try:
-            gate.release()
-            for _ in range(100):
-                summed([(0, len(DATA))] * 100, np.zeros(100, dtype=np.uint32))
-                if ran.is_set():
-                    break
-        finally:
-            sys.setswitchinterval(interval)
-
-        assert ran.is_set()
-        other.join(TOO_LONG)
+        assert is_let_go_by(lambda: summed([(0, len(DATA))] * 100, sums))
 
 
 @built

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import sys
-import threading
-import time
-
 import pytest
 
 from trainbus.checkpoint import turns
 from trainbus.checkpoint.turns import LONGEST_TURN, Turns
 
-TOO_LONG = 30
+from .interpreter_lock import is_let_go_by
 
 
 class Clock:
@@ -32,28 +28,7 @@ class TestTurns:
         """
         A thread that waits for the interpreter has it when a turn is offered.
         """
-        gate, ran = threading.Lock(), threading.Event()
-
-        def run() -> None:
-            with gate:
-                ran.set()
-
-        gate.acquire()
-        other = threading.Thread(target=run)
-        other.start()
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(1000)  # seconds: nobody takes the interpreter from this thread
-        try:
-            mine = Turns()
-            gate.release()
-            ends = time.monotonic() + TOO_LONG
-            while not ran.is_set() and time.monotonic() < ends:
-                mine.offer()
-        finally:
-            sys.setswitchinterval(interval)
-
-        assert ran.is_set()
-        other.join(TOO_LONG)
+        assert is_let_go_by(Turns().offer)
 
     def test_only_after_a_turn(self, monkeypatch: pytest.MonkeyPatch):
         """
