@@ -14,11 +14,11 @@ from trainbus.checkpoint.zip_records import SUM_IN_ENTRY, SUM_IN_TAIL, Record, b
 
 __all__ = ["ImageRecords", "Place"]
 
-# Bytes that are summed up at once, and then written while the next ones are: little at first, because the
-# disk waits for it, and twice as much each time, because beside a thread that never leaves Python each call
-# waits 5 ms for the interpreter's lock.
+# Bytes that are summed up at once, and then written while the next ones are: less at first, because the
+# disk waits for it, then more, because beside a thread that never leaves Python each call waits 5 ms for the
+# interpreter's lock. With 64 MiB an optimizer step that begins meanwhile has to share its cores for longer.
 _FIRST_BATCH = 16 << 20
-_LARGEST_BATCH = 64 << 20
+_LARGEST_BATCH = 32 << 20
 
 
 class Place(NamedTuple):
