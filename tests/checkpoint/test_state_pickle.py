@@ -48,15 +48,11 @@ def plain_tensors(nested: dict[str, Any]) -> list[torch.Tensor]:
     return [one for one in found if one.layout is torch.strided and not one.is_quantized]
 
 
-def python_only_about(types: frozenset[type], function: Any) -> Any:
-    return lambda value: function(value) if type(value) in types else None
-
-
 @pytest.fixture(params=[pytest.param("extension", marks=built), "Python"])
 def way(request, monkeypatch):
     """Pickle with and without the extension."""
     if request.param == "Python":
-        monkeypatch.setattr(state_pickle, "only_about", python_only_about)
+        monkeypatch.setattr(state_pickle, "only_about", state_pickle.only_about_in_python)
 
 
 @pytest.mark.filterwarnings("ignore")
