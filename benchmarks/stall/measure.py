@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import statistics
@@ -124,7 +123,7 @@ class Measurement:
     def _pauses(self) -> dict[str, Any]:
         """Return what a thread that never leaves Python notices of saves, and they of it."""
         found: list[float] = []
-        complete: list[float] = []
+        complete: list[float | None] = []
 
         def watch(request: Request) -> None:
             pauses_of_one, seconds = pauses.watch(request, background=self._peer.background)
@@ -136,8 +135,7 @@ class Measurement:
             self._loop.step(lambda request=request: watch(request))
             request.result()
             self._clean_up()
-        known = [seconds if math.isfinite(seconds) else None for seconds in complete]
-        return {**_percentiles(found), "per_save": sum(found) / len(complete), "complete": known}
+        return {**_percentiles(found), "per_save": sum(found) / len(complete), "complete": complete}
 
     def _check(self) -> tuple[int, int]:
         """Return how many files were read back and how many of them are no state the training was in."""

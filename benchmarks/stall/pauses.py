@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
@@ -38,11 +37,11 @@ def look_at_clock(enough: Callable[[], bool]) -> list[float]:
     return pauses
 
 
-def watch(request: Request, *, background: bool) -> tuple[list[float], float]:
+def watch(request: Request, *, background: bool) -> tuple[list[float], float | None]:
     """
     Return the pauses while *request* is written, from when its call has returned, for two seconds at most.
 
-    And how long it took until it was complete, in seconds; infinite if it was not by then.
+    And how long it took until it was complete, in seconds; None if it was not by then.
 
     What is not written in the background by itself is given to a thread, as people do. A writer
     of thousands of tensors gets the interpreter's lock back from a thread like this one only after
@@ -55,7 +54,7 @@ def watch(request: Request, *, background: bool) -> tuple[list[float], float]:
     begun = time.perf_counter()
     ends = begun + WATCHED_SECONDS
     pauses = look_at_clock(lambda: request.done() or time.perf_counter() >= ends)
-    return pauses, time.perf_counter() - begun if request.done() else math.inf
+    return pauses, time.perf_counter() - begun if request.done() else None
 
 
 def idle() -> list[float]:
