@@ -18,7 +18,7 @@ def extension(name: str, **arguments: Any) -> Extension:
 
 
 # With it the writer of thousands of tensors seldom keeps the training from the interpreter.
-extensions = [extension("_writing", extra_compile_args=["-O2"])]
+extensions = [extension("_writing", extra_compile_args=["-O2", "-pthread"], extra_link_args=["-pthread"])]
 if platform.machine() in ("x86_64", "AMD64"):
     # Snapshots of host memory take a third less time with it. Where it cannot be built torch copies them.
     flags = {"extra_compile_args": ["-O2", "-pthread"], "extra_link_args": ["-pthread"]}

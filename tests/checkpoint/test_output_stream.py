@@ -4,17 +4,18 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+import time
 
 import numpy as np
 import pytest
 import torch
 import xxhash
 
-from trainbus.checkpoint.chunk_writers import CHUNK_BYTES, ChunkWriters
+from trainbus.checkpoint import write_behind
 from trainbus.checkpoint.disk import Disk
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
+from trainbus.checkpoint.write_behind import CHUNK_BYTES, WriteBehind
 
 MANIFEST = Manifest(contents="object")
 END_RECORD = b"PK\x05\x06" + bytes(18)
@@ -31,18 +32,15 @@ def content(fd: int) -> bytes:
     return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
-def inline(chunk_bytes: int = CHUNK_BYTES) -> ChunkWriters:
-    """Writers that are the caller's own thread."""
-    return ChunkWriters(threads=0, chunk_bytes=chunk_bytes)
+def inline(chunk_bytes: int = CHUNK_BYTES) -> WriteBehind:
+    """Every write is made at once, by the thread that asks for it."""
+    return WriteBehind(most=0, chunk_bytes=chunk_bytes)
 
 
 @pytest.fixture(name="threads")
-def _threads() -> Iterator[ChunkWriters]:
-    """Two threads and chunks of a block."""
-    writers = ChunkWriters(chunk_bytes=4096)
-    writers.start()
-    yield writers
-    writers.close()
+def _threads() -> WriteBehind:
+    """Two writes at a time, and chunks of a block."""
+    return WriteBehind(chunk_bytes=4096)
 
 
 class Recorder(Disk):
@@ -87,8 +85,10 @@ class Gate(Disk):
     def __init__(self) -> None:
         self.reached = threading.Event()
         self.open = threading.Event()
+        self.begun = 0
 
     def write(self, fd: int, data: memoryview, position: int) -> int:
+        self.begun += 1
         self.reached.set()
         assert self.open.wait(30)
         return super().write(fd, data, position)
@@ -334,6 +334,43 @@ class TestThreads:
             assert not disk.open.is_set()
             disk.open.set()
 
+    def test_in_step_with_the_disk(self, fd, threads):
+        """
+        A third chunk goes to the disk when one of two is done, and not before.
+        """
+        disk = Gate()
+        filled = threading.Event()
+
+        def write() -> None:
+            with OutputStream(fd, disk, threads) as stream:
+                stream.write(bytes(3 * 4096 + 22))
+                filled.set()
+
+        writing = threading.Thread(target=write)
+        writing.start()
+        assert not filled.wait(0.05)
+        assert disk.begun == 2
+        disk.open.set()
+        assert filled.wait(30)
+        writing.join(30)
+        assert disk.begun == 3
+
+    def test_nothing_is_begun_after_an_error(self, fd, threads):
+        """
+        Once a write has failed no other one is begun.
+        """
+
+        class Broken(Recorder):
+            def write(self, fd: int, data: memoryview, position: int) -> int:
+                super().write(fd, data, position)
+                raise OSError(errno.EIO, "broken")
+
+        disk = Broken()
+        with pytest.raises(OSError, match="broken"), OutputStream(fd, disk, threads) as stream:
+            stream.write(bytes(9 * 4096))
+
+        assert len(disk.lengths) == 2
+
     def test_leaving_waits_for_the_threads(self, fd, threads):
         """
         Nothing writes to the descriptor any more once the stream is left, by an error too.
@@ -367,6 +404,64 @@ class TestThreads:
         with pytest.raises(type(error), match="no"), OutputStream(fd, Broken(), threads) as stream:
             stream.write(bytes(4096) + END_RECORD)
             stream.finish(MANIFEST)
+
+    def test_error_of_the_last_write_behind(self, fd, threads):
+        """
+        An error of the last write that was unfinished is raised before the file counts as written.
+        """
+
+        class BrokenAtFirst(Disk):
+            def write(self, fd: int, data: memoryview, position: int) -> int:
+                if position == 0:
+                    raise OSError(errno.EIO, "no")
+                return super().write(fd, data, position)
+
+        with OutputStream(fd, BrokenAtFirst(), threads) as stream:
+            stream.write(bytes(4096) + END_RECORD)
+            with pytest.raises(OSError, match="no"):
+                stream.finish(MANIFEST)
+
+    def test_refused_through_the_cache_too(self, fd, threads):
+        """
+        What is refused past the cache and through it is an error, and is not tried for ever.
+        """
+
+        class Refusing(Recorder):
+            def write(self, fd: int, data: memoryview, position: int) -> int:
+                super().write(fd, data, position)
+                assert len(self.lengths) < 9
+                raise OSError(errno.EINVAL, "no")
+
+        with pytest.raises(OSError, match="no"), OutputStream(fd, Refusing(), threads) as stream:
+            stream.write(bytes(4096) + END_RECORD)
+            stream.finish(MANIFEST)
+
+    def test_memory_is_made_once(self, fd, threads, monkeypatch):
+        """
+        Files one after the other are written from three chunks, two that are written and one that is filled.
+        """
+        made: list[int] = []
+        real = write_behind.map_pages
+        monkeypatch.setattr(write_behind, "map_pages", lambda size: made.append(size) or real(size))
+
+        for _ in range(3):
+            with OutputStream(fd, Disk(), threads) as stream:
+                stream.write(bytes(9 * 4096) + END_RECORD)
+                stream.finish(MANIFEST)
+
+        assert len(made) == 3
+
+    def test_progress(self, fd, threads):
+        """
+        Each write that the disk has taken counts as progress.
+        """
+        begun = time.monotonic()
+        assert threads.last_progress == 0
+        with OutputStream(fd, Disk(), threads) as stream:
+            stream.write(bytes(4096) + END_RECORD)
+            stream._wait()
+
+            assert begun <= threads.last_progress <= time.monotonic()
 
     def test_next_file_after_an_error(self, fd, threads):
         """

@@ -8,7 +8,6 @@ import os
 
 import pytest
 
-from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.commit import remove
 from trainbus.checkpoint.disk import Disk
 from trainbus.checkpoint.manifest import Manifest
@@ -16,10 +15,11 @@ from trainbus.checkpoint.sharded_commit import PendingFolder, Written, write_fil
 from trainbus.checkpoint.sharded_format import METADATA, read_manifest
 from trainbus.checkpoint.temporary import sweep
 from trainbus.checkpoint.verify import verify_checkpoint
+from trainbus.checkpoint.write_behind import WriteBehind
 from trainbus.errors import UnsyncedNameError
 from trainbus.testing.faults import CALLS, FaultyDisk
 
-WRITERS = ChunkWriters(threads=0)
+WRITERS = WriteBehind(most=0)
 
 
 class NoExchange(FaultyDisk):

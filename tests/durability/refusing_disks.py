@@ -17,8 +17,8 @@ from volumes import Volume, command, mounted, take_own_mounts
 
 import trainbus
 from trainbus import CheckpointWriteError, Handler
-from trainbus.checkpoint.chunk_writers import CHUNK_BYTES
 from trainbus.checkpoint.disk import Disk, use_disk
+from trainbus.checkpoint.write_behind import CHUNK_BYTES
 from trainbus_callbacks import ModelCheckpoint
 
 OLD, NEW = 1, 2

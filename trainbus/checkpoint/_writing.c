@@ -5,7 +5,12 @@
 
 #include <Python.h>
 
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <unistd.h>
 
 typedef uint32_t (*sum_function)(uint32_t sum, const unsigned char *bytes, uint64_t size);
 
@@ -44,6 +49,109 @@ static PyObject *sum_up(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* A call of pwrite on a thread of its own. */
+struct write {
+    pthread_t thread;
+    pid_t process; /* a forked child has the structure and no thread */
+    int fd;
+    Py_buffer data;
+    off_t position;
+    ssize_t count;
+    int error;
+};
+
+static const char WRITE[] = "trainbus write";
+
+static void *make_write(void *argument)
+{
+    struct write *write = argument;
+
+    do
+        write->count = pwrite(write->fd, write->data.buf, (size_t)write->data.len, write->position);
+    while (write->count < 0 && errno == EINTR);
+    write->error = errno;
+    return NULL;
+}
+
+/* The thread leaves signals to others: Python's handlers expect one that Python knows. */
+static int start_write(struct write *write)
+{
+    sigset_t all, before;
+    int error;
+
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    error = pthread_create(&write->thread, NULL, make_write, write);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error;
+}
+
+static void wait_for_write(struct write *write)
+{
+    if (write->process != getpid())
+        return;
+    Py_BEGIN_ALLOW_THREADS
+    pthread_join(write->thread, NULL);
+    Py_END_ALLOW_THREADS
+}
+
+static void free_write(struct write *write)
+{
+    PyBuffer_Release(&write->data);
+    free(write);
+}
+
+/* Of one that nobody has waited for: its memory must not go before it has ended. */
+static void forget_write(PyObject *capsule)
+{
+    struct write *write = PyCapsule_GetPointer(capsule, WRITE);
+
+    wait_for_write(write);
+    free_write(write);
+}
+
+static PyObject *begin_write(PyObject *module, PyObject *args)
+{
+    struct write *write = calloc(1, sizeof *write);
+    long long position;
+    PyObject *capsule;
+
+    if (write == NULL)
+        return PyErr_NoMemory();
+    if (!PyArg_ParseTuple(args, "iy*L", &write->fd, &write->data, &position)) {
+        free(write);
+        return NULL;
+    }
+    write->position = (off_t)position;
+    write->process = getpid();
+    errno = start_write(write);
+    if (errno != 0) {
+        free_write(write);
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    capsule = PyCapsule_New(write, WRITE, forget_write);
+    if (capsule == NULL) {
+        wait_for_write(write);
+        free_write(write);
+    }
+    return capsule;
+}
+
+static PyObject *finish_write(PyObject *module, PyObject *capsule)
+{
+    struct write *write = PyCapsule_GetPointer(capsule, WRITE);
+    ssize_t count;
+
+    /* From here on it is this call's: a second one finds no such capsule. */
+    if (write == NULL || PyCapsule_SetDestructor(capsule, NULL) != 0 || PyCapsule_SetName(capsule, "") != 0)
+        return NULL;
+    wait_for_write(write);
+    count = write->count;
+    errno = write->error;
+    free_write(write);
+    return count < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromSsize_t(count);
+}
+
 static PyObject *answer(PyObject *types_and_function, PyObject *value)
 {
     int asked = PySet_Contains(PyTuple_GetItem(types_and_function, 0), (PyObject *)Py_TYPE(value));
@@ -73,6 +181,8 @@ static PyObject *only_about(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"sum_up", sum_up, METH_VARARGS, "sum_up(function, addresses, sizes, sums): see the .pyi file."},
+    {"begin_write", begin_write, METH_VARARGS, "begin_write(fd, data, position): see the .pyi file."},
+    {"finish_write", finish_write, METH_O, "finish_write(write): see the .pyi file."},
     {"only_about", only_about, METH_VARARGS, "only_about(types, function): see the .pyi file."},
     {NULL},
 };

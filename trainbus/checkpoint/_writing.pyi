@@ -16,6 +16,29 @@ def sum_up(function: int, addresses: np.ndarray, sizes: np.ndarray, sums: np.nda
         ValueError: The three are not equally long.
     """
 
+def begin_write(fd: int, data: memoryview, position: int) -> object:
+    """
+    Begin to write *data* at a byte of a file, with one ``pwrite``, on a thread that Python knows nothing of.
+
+    Returns:
+        The write. It keeps *data*; when nothing refers to it any more, its end is waited for.
+
+    Raises:
+        OSError: The system has no more threads.
+    """
+
+def finish_write(write: object) -> int:
+    """
+    Wait for a write, without the GIL. Once for each.
+
+    Returns:
+        How many bytes were written.
+
+    Raises:
+        OSError: None was.
+        ValueError: It was waited for before.
+    """
+
 def only_about(types: frozenset[type], function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """
     Return what calls *function* with a value whose type is one of *types*, and returns None for others.

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import BinaryIO, cast
 
-from trainbus.checkpoint.chunk_writers import CHUNK_BYTES, ChunkWriters
 from trainbus.checkpoint.disk import Disk, disk_in_use
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
 from trainbus.checkpoint.sharded_commit import remove_sharded
 from trainbus.checkpoint.sharded_format import is_sharded
 from trainbus.checkpoint.temporary import create_temporary
+from trainbus.checkpoint.write_behind import CHUNK_BYTES, WriteBehind
 from trainbus.errors import UnsyncedNameError
 
 __all__ = ["commit", "durability_of", "remove"]
@@ -30,7 +30,7 @@ def commit(
     serialize: Callable[[BinaryIO], None],
     *,
     disk: Disk | None = None,
-    writers: ChunkWriters | None = None,
+    behind: WriteBehind | None = None,
     at_least: int = 0,
 ) -> Manifest:
     """
@@ -46,7 +46,7 @@ def commit(
         serialize: Writes a zip with an empty comment into the file object it is given,
             e.g. ``lambda stream: torch.save(state, stream)``. Called once, on this thread.
         disk: What writes; by default the one in use.
-        writers: Threads that write while this one serializes; None: this one does both.
+        behind: Lets writes go on while this thread serializes; None: they do not.
         at_least: Bytes that will certainly be written; room for them is claimed before.
 
     Returns:
@@ -64,7 +64,7 @@ def commit(
     try:
         manifest = replace(manifest, durability=durability_of(disk, folder, folder_path))
         with create_temporary(disk, folder, name) as (temporary, fd):
-            final = _write(disk, fd, manifest, serialize, writers or ChunkWriters(threads=0), at_least)
+            final = _write(disk, fd, manifest, serialize, behind or WriteBehind(most=0), at_least)
             disk.rename(folder, temporary, name)
         try:
             disk.fsync_folder(folder)
@@ -105,12 +105,12 @@ def _write(
     fd: int,
     manifest: Manifest,
     serialize: Callable[[BinaryIO], None],
-    writers: ChunkWriters,
+    behind: WriteBehind,
     at_least: int,
 ) -> Manifest:
     try:
         claimed = at_least >= CHUNK_BYTES and disk.allocate(fd, at_least)
-        with OutputStream(fd, disk, writers) as stream:
+        with OutputStream(fd, disk, behind) as stream:
             try:
                 serialize(cast(BinaryIO, stream))
             except Exception as error:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import queue
+import functools
 import time
+from collections import deque
+from collections.abc import Callable
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.disk import Disk
 from trainbus.checkpoint.file_format import END_RECORD_BYTES, seal
 from trainbus.checkpoint.manifest import Manifest
+from trainbus.checkpoint.write_behind import WriteBehind
 
 __all__ = ["OutputStream"]
 
@@ -24,16 +27,34 @@ _CANNOT_BYPASS = {errno.EINVAL, errno.ENOTSUP}
 _BLOCK = 4096
 
 
+class _Write(NamedTuple):
+    """
+    A write that was begun.
+
+    Attributes:
+        finish: Waits for it; see `WriteBehind.begin`.
+        data, position: What is written, and at which byte of the file.
+        bypassing: Whether it goes past the page cache.
+        chunk: What *data* lies in, if that is one of `WriteBehind`'s.
+    """
+
+    finish: Callable[[], int]
+    data: memoryview
+    position: int
+    bypassing: bool
+    chunk: np.ndarray | None
+
+
 class OutputStream:
     """
     Collects, hashes and writes what it is given, and puts the manifest at its end.
 
     One thread fills it. Whole blocks, from page-aligned memory, be it a chunk that was filled or
-    what lay ready elsewhere, go to *writers* and past the page cache where the file system can do
-    that: the bytes are needed on the disk, not in memory, and copying them there costs more than
-    half of the time.
+    what lay ready elsewhere, are written while the next ones are made ready, and past the page cache
+    where the file system can do that: the bytes are needed on the disk, not in memory, and copying
+    them there costs more than half of the time.
     The last bytes stay behind until `finish`: of a zip the 22 that the manifest's length has to
-    go into. Leaving it as a context manager waits until no thread writes to *fd* any more.
+    go into. Leaving it as a context manager waits until nothing is written to *fd* any more.
 
     Attributes:
         error: The first error of a write, or None. ``torch.save`` turns an `OSError` into a
@@ -42,25 +63,24 @@ class OutputStream:
     Args:
         fd: An empty file, open for writing.
         disk: What writes.
-        writers: The threads; they may write several files one after the other.
+        behind: Has the memory, and says how many writes may be unfinished; of one file at a time.
         held_back: How many bytes stay behind; 0 for a file that is to be no zip with a manifest.
     """
 
     def __init__(
-        self, fd: int, disk: Disk, writers: ChunkWriters, *, held_back: int = END_RECORD_BYTES
+        self, fd: int, disk: Disk, behind: WriteBehind, *, held_back: int = END_RECORD_BYTES
     ) -> None:
         self.error: BaseException | None = None
         self._fd = fd
         self._disk = disk
-        self._writers = writers
+        self._behind = behind
         self._held_back = held_back
-        self._memory = writers.take()
+        self._memory = behind.take()
         self._used = 0
         self._handed_on = 0
         self._hasher = xxhash.xxh3_128()
         self._bypassing = False
-        self._in_flight = 0
-        self._written: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._unfinished: deque[_Write] = deque()
 
     def __enter__(self) -> OutputStream:
         return self
@@ -70,7 +90,7 @@ class OutputStream:
     ) -> None:
         # Whoever closes the descriptor before that may see the bytes in another file.
         self._wait()
-        self._writers.give_back(self._memory)
+        self._behind.give_back(self._memory)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Take all of *data*, of which nothing is kept by reference. Returns its bytes."""
@@ -85,7 +105,7 @@ class OutputStream:
             self._used += count
             taken += count
             if self._used == self._limit:
-                self._hand_on(self._writers.chunk_bytes)
+                self._hand_on(self._behind.chunk_bytes)
         return int(source.size)
 
     def write_in_place(self, data: memoryview) -> None:
@@ -159,49 +179,68 @@ class OutputStream:
 
     @property
     def _limit(self) -> int:
-        return self._writers.chunk_bytes + self._held_back
+        return self._behind.chunk_bytes + self._held_back
 
     def _hand_on(self, count: int) -> None:
-        """Give *count* bytes of the chunk to the writers and go on in another one, with the rest of them."""
+        """Write *count* bytes of the chunk behind, and go on in another one with the rest of them."""
         full = self._memory
-        held_back = full[count : self._used].copy()
         self._write_behind(full[:count].data, full)
-        self._memory = self._writers.take()
-        self._memory[: held_back.size] = held_back
-        self._used = held_back.size
+        self._memory = self._behind.take()
+        self._used -= count
+        self._memory[: self._used] = full[count : count + self._used]
         self._raise_error()
 
     def _write_behind(self, data: memoryview, chunk: np.ndarray | None = None) -> None:
-        """Hash *data* and have it written; *chunk* is free then."""
+        """
+        Hash *data* and begin to write it; *chunk* is free when that is done.
+
+        Summing up is several times as fast as a disk. Who ran ahead of it would keep a core busy for
+        a while; a training step that begins then has its OpenMP threads put together on the other
+        one, where they wait for each other in turns of the scheduler (two cores: steps of 28 ms took
+        46 on average beside a file written that way, 35 beside one written in step with the disk).
+        """
         position = self._handed_on
         if position == 0:
             with contextlib.suppress(OSError):  # then it goes through the cache
                 self._bypassing = self._disk.bypass_cache(self._fd, True)
         self._hasher.update(data)
-        self._in_flight += 1
+        self._wait(max(0, self._behind.most - 1))
+        self._raise_error()
+        bypassing = self._bypassing
+        finish = self._behind.begin(self._disk, self._fd, data, position)
+        self._unfinished.append(_Write(finish, data, position, bypassing, chunk))
         self._handed_on += len(data)
-        self._writers.write(chunk, lambda: self._write_chunk(data, position))
+        self._wait(self._behind.most)
 
-    def _write_chunk(self, chunk: memoryview, position: int) -> None:
-        try:
-            if self.error is None:
-                self._write_all(chunk, position)
-        finally:
-            self._written.put(None)
+    def _wait(self, left: int = 0) -> None:
+        """Wait until at most *left* writes are unfinished."""
+        while len(self._unfinished) > left:
+            write = self._unfinished.popleft()
+            self._complete(write.finish, write.data, write.position, write.bypassing)
+            if write.chunk is not None:
+                self._behind.give_back(write.chunk)
 
     def _write_all(self, data: memoryview, position: int) -> None:
+        if data:
+            self._complete(self._write(data, position), data, position, self._bypassing)
+
+    def _write(self, data: memoryview, position: int) -> Callable[[], int]:
+        return functools.partial(self._disk.write, self._fd, data, position)
+
+    def _complete(self, write: Callable[[], int], data: memoryview, position: int, bypassing: bool) -> None:
+        """Make a write of *data*, or wait for it, and write what it leaves."""
         try:
-            while data:
-                count = self._write_some(data, position)
-                data, position = data[count:], position + count
+            while left := data[self._taken(write, len(data), bypassing) :]:
+                position += len(data) - len(left)
+                data, write, bypassing = left, self._write(left, position), self._bypassing
         except BaseException as error:
             # Of any kind: what ends up nowhere would leave a hole in the file.
             self.error = self.error or error
 
-    def _write_some(self, data: memoryview, position: int) -> int:
-        bypassing = self._bypassing
+    def _taken(self, write: Callable[[], int], size: int, bypassing: bool) -> int:
+        """Return how many of the *size* bytes of a write the disk has taken."""
         try:
-            count = self._disk.write(self._fd, data, position)
+            count = write()
         except OSError as error:
             if not bypassing or error.errno not in _CANNOT_BYPASS:
                 raise
@@ -210,8 +249,8 @@ class OutputStream:
             return 0
         if count <= 0:
             raise OSError(errno.EIO, "the disk took none of the bytes given to it")
-        self._writers.last_progress = time.monotonic()
-        if bypassing and count < len(data):
+        self._behind.last_progress = time.monotonic()
+        if bypassing and count < size:
             # It met an end: of the disk, of a limit. Through the cache the next write says which.
             self._use_cache()
         return count
@@ -220,11 +259,6 @@ class OutputStream:
         with contextlib.suppress(OSError):  # if that matters, the next write fails
             self._disk.bypass_cache(self._fd, False)
         self._bypassing = False
-
-    def _wait(self) -> None:
-        while self._in_flight:
-            self._written.get()
-            self._in_flight -= 1
 
     def _raise_error(self) -> None:
         if self.error is not None:

@@ -20,7 +20,6 @@ from trainbus.checkpoint import collector, fence
 from trainbus.checkpoint.archive import Stream, write_archive
 from trainbus.checkpoint.background_copy import BackgroundCopy
 from trainbus.checkpoint.background_writer import BackgroundWriter
-from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.commit import commit
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
@@ -30,6 +29,7 @@ from trainbus.checkpoint.stats import LostTime, SaveTimes
 from trainbus.checkpoint.temporary import Sweeper
 from trainbus.checkpoint.throttle import Throttle
 from trainbus.checkpoint.warm_up import WarmUp
+from trainbus.checkpoint.write_behind import WriteBehind
 from trainbus.errors import CheckpointWriteError
 
 __all__ = ["Saver"]
@@ -74,14 +74,14 @@ class Saver:
             raise ValueError(f"snapshot must be 'auto' or 'overlap', got {snapshot!r}.")
         self._memory = StagingMemory(max_pending)
         self._stager = Stager(self._memory, device_snapshot=device_snapshot, check=check_snapshots)
-        self._chunks = ChunkWriters(rest=Throttle(is_busy).rest)
+        self._behind = WriteBehind(rest=Throttle(is_busy).rest)
         self.writer = BackgroundWriter(
             report,
             max_pending=max_pending,
             on_busy=on_busy,
-            helpers=(self._stager.thread, self._chunks),
+            helpers=(self._stager.thread,),
             patience=write_timeout,
-            last_progress=lambda: max(self._chunks.last_progress, self._last_progress_elsewhere()),
+            last_progress=lambda: max(self._behind.last_progress, self._last_progress_elsewhere()),
         )
         self._last_progress_elsewhere: Callable[[], float] = lambda: 0.0
         self._warm_up = WarmUp(self._stager)
@@ -144,7 +144,7 @@ class Saver:
                 path,
                 manifest(),
                 lambda stream: _serialize(snapshot, stream),
-                writers=self._chunks,
+                behind=self._behind,
                 at_least=snapshot.size,
             )
 

@@ -30,7 +30,6 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from trainbus.checkpoint import collector
-from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.disk import disk_in_use
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_state import STRUCTURE, FlatState, flatten, local_part
@@ -40,6 +39,7 @@ from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.checkpoint.temporary import Sweeper
 from trainbus.checkpoint.throttle import Throttle
 from trainbus.checkpoint.warm_up import WarmUp
+from trainbus.checkpoint.write_behind import WriteBehind
 from trainbus.errors import HandlerClosedError, RankFailedError
 
 __all__ = ["ShardedSaver", "collect_sharded", "restore_sharded"]
@@ -74,7 +74,7 @@ class ShardedSaver:
         self._max_pending = max_pending
         self._stager = Stager(StagingMemory(max_pending), device_snapshot=device_snapshot)
         self._warm_up = WarmUp(self._stager)
-        self._writers = ChunkWriters(rest=Throttle(is_busy).rest)
+        self._behind = WriteBehind(rest=Throttle(is_busy).rest)
         self._sweeper = Sweeper()
         self._unfinished: deque[Future[Manifest]] = deque()
         self._items: dict[str, Any] = {}
@@ -84,7 +84,7 @@ class ShardedSaver:
     @property
     def last_progress(self) -> float:
         """``time.monotonic()`` when a disk last took bytes of this rank; 0 before."""
-        return self._writers.last_progress
+        return self._behind.last_progress
 
     def prepare(self, state: Any) -> None:
         """
@@ -129,13 +129,12 @@ class ShardedSaver:
             )
         self._wait_for_room()
         self._warm_up.end()
-        self._writers.start()
         snapshots = _SnapshotStager(self._stager, self._items, previous=self._last)
         writer = ShardWriter(
             os.path.abspath(os.path.expanduser(os.fspath(path))),
             manifest,
             disk=disk_in_use(),
-            writers=self._writers,
+            behind=self._behind,
             ready=snapshots.wait,
             before=self._sweeper.sweep_once,
         )
@@ -167,7 +166,6 @@ class ShardedSaver:
         # One that is held until the interpreter ends may take the process down with it.
         self._group = None
         self._stager.thread.close()
-        self._writers.close()
         self._forget_cache()
 
     @property

@@ -10,12 +10,12 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.disk import Disk
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
 from trainbus.checkpoint.sharded_format import DIGESTS, MANIFEST, METADATA, seal_folder
 from trainbus.checkpoint.temporary import create_temporary_folder, discard, replaced_name
+from trainbus.checkpoint.write_behind import WriteBehind
 from trainbus.errors import UnsyncedNameError
 
 __all__ = ["PendingFolder", "Written", "remove_sharded", "write_file"]
@@ -32,7 +32,7 @@ class Written(NamedTuple):
 
 @contextlib.contextmanager
 def write_file(
-    disk: Disk, folder: int, name: str, writers: ChunkWriters, written: dict[str, Written]
+    disk: Disk, folder: int, name: str, behind: WriteBehind, written: dict[str, Written]
 ) -> Iterator[OutputStream]:
     """
     Write a new file in *folder*; when ``with`` is left it is synced, and *written* says what it is.
@@ -45,7 +45,7 @@ def write_file(
     """
     fd = disk.create(folder, name)
     try:
-        with OutputStream(fd, disk, writers, held_back=0) as stream:
+        with OutputStream(fd, disk, behind, held_back=0) as stream:
             try:
                 yield stream
             except Exception as error:
@@ -94,7 +94,7 @@ class PendingFolder:
             self.name = stack.enter_context(create_temporary_folder(disk, self.parent, self._final_name))
             self._stack = stack.pop_all()
 
-    def commit(self, manifest: Manifest, written: Mapping[str, Written], writers: ChunkWriters) -> Manifest:
+    def commit(self, manifest: Manifest, written: Mapping[str, Written], behind: WriteBehind) -> Manifest:
         """
         Put the list of digests and the manifest into the folder, sync it, and give it its name.
 
@@ -105,7 +105,7 @@ class PendingFolder:
         Args:
             manifest: Size and digest are filled in.
             written: All the files, of all ranks, each synced by who wrote it.
-            writers: Threads that write.
+            behind: Lets writes go on while the next bytes are made ready.
 
         Raises:
             UnsyncedNameError: Only the last step failed: the new checkpoint is there and whole, but a
@@ -117,7 +117,7 @@ class PendingFolder:
         folder = disk.enter_folder(self.parent, self.name)
         try:
             for name, content in ((DIGESTS, listed), (MANIFEST, text)):
-                with write_file(disk, folder, name, writers, {}) as stream:
+                with write_file(disk, folder, name, behind, {}) as stream:
                     stream.write(content)
             disk.fsync_folder(folder)
         finally:

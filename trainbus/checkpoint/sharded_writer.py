@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from trainbus.checkpoint import collector
-from trainbus.checkpoint.chunk_writers import ChunkWriters
 from trainbus.checkpoint.commit import durability_of
 from trainbus.checkpoint.disk import Disk
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_commit import PendingFolder, Written, write_file
 from trainbus.checkpoint.sharded_format import METADATA
 from trainbus.checkpoint.sharded_state import STRUCTURE
+from trainbus.checkpoint.write_behind import WriteBehind
 from trainbus.errors import RankFailedError, UnsyncedNameError
 
 __all__ = ["WHOLE", "Failure", "NotStagedError", "Shard", "ShardPlanner", "ShardWriter", "StagedState"]
@@ -189,7 +189,7 @@ class ShardWriter(FileSystemWriter):
         path: The checkpoint's folder, absolute, the same on all ranks and on a disk that they share.
         manifest: Called on rank 0 once all have written.
         disk: What writes.
-        writers: Threads that write.
+        behind: Lets writes go on while the next bytes are made ready.
         ready: Called before the first byte is taken from the state; raises what kept it from being copied.
         before: Called on rank 0 with the folder that the checkpoint goes to.
     """
@@ -200,18 +200,18 @@ class ShardWriter(FileSystemWriter):
         manifest: Callable[[], Manifest],
         *,
         disk: Disk,
-        writers: ChunkWriters,
+        behind: WriteBehind,
         ready: Callable[[], None] = lambda: None,
         before: Callable[[str], None] = lambda folder: None,
     ) -> None:
         # No copying ahead: what is written is in host memory already.
         super().__init__(path, sync_files=False, per_thread_copy_ahead=0)
-        self.fs = self._door = _OneDoor(disk, writers)
+        self.fs = self._door = _OneDoor(disk, behind)
         self.failed_to_stage: Exception | None = None
         self._final_path = path
         self._manifest = manifest
         self._disk = disk
-        self._writers = writers
+        self._behind = behind
         self._ready = ready
         self._before = before
         self._pending: PendingFolder | None = None
@@ -322,16 +322,16 @@ class ShardWriter(FileSystemWriter):
             pickle.dump(complete, stream, protocol=4)
         durability = durability_of(disk, pending.parent, pending.parent_path)
         manifest = dataclasses.replace(self._manifest(), durability=durability)
-        return pending.commit(manifest, {**written, **described}, self._writers)
+        return pending.commit(manifest, {**written, **described}, self._behind)
 
 
 class _OneDoor(FileSystem):
     """What torch's writer takes for a file system: each file it writes goes through `Disk`."""
 
-    def __init__(self, disk: Disk, writers: ChunkWriters) -> None:
+    def __init__(self, disk: Disk, behind: WriteBehind) -> None:
         super().__init__()
         self._disk = disk
-        self._writers = writers
+        self._behind = behind
         self._folder = -1
         self._written: dict[str, Written] = {}
 
@@ -360,7 +360,7 @@ class _OneDoor(FileSystem):
 
     def create(self, name: str) -> Any:
         """Return a context manager that gives a new file in the folder to write into."""
-        return write_file(self._disk, self._folder, name, self._writers, self._written)
+        return write_file(self._disk, self._folder, name, self._behind, self._written)
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
