@@ -70,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.state_pickle": {"trainbus.checkpoint._writing", "trainbus.checkpoint.turns"},
     "trainbus.checkpoint.record_sums": {"trainbus.checkpoint._writing"},
     "trainbus.checkpoint.image_records": {
+        "trainbus.checkpoint._writing",
         "trainbus.checkpoint.record_sums",
         "trainbus.checkpoint.turns",
         "trainbus.checkpoint.zip_records",

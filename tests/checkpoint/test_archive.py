@@ -4,15 +4,23 @@ import io
 import logging
 import mmap
 import struct
+import weakref
 import zipfile
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from trainbus.checkpoint import archive, image_records, turns
 from trainbus.checkpoint.archive import Image, write_archive
 from trainbus.checkpoint.zip_records import ROOM
+
+in_c = pytest.mark.skipif(
+    image_records.scatter is image_records.scatter_in_python, reason="built without a C compiler"
+)
 
 
 class Parts(io.BytesIO):
@@ -222,6 +230,103 @@ class TestNextFile:
         assert all(map(torch.equal, loaded["tensors"], change(state)["tensors"]))
 
 
+class TestPlaces:
+    def test_are_remembered(self, monkeypatch):
+        """
+        Where storages lie is asked once, not for each file.
+        """
+        image, tensors = on_image(10, 20)
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        first = image.sorted(storages)
+
+        again, others = image.sorted(list(storages))
+
+        assert again is first[0]
+        assert [place.size for place in again] == [40, 80]
+        assert others == []
+
+    @pytest.mark.parametrize("chosen", [[0], [1, 0], [0, 1, 2], []])
+    def test_of_other_storages(self, chosen):
+        """
+        Others, fewer, more, or in another order, have their own places and names.
+        """
+        image, tensors = on_image(10, 20, 30)
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        image.sorted(storages[:2])
+
+        places, others = image.sorted([storages[index] for index in chosen])
+
+        names = {place.size: place.name for place in places}
+        assert names == {40 * (index + 1): f"archive/data/{n}" for n, index in enumerate(chosen)}
+        assert others == []
+
+    def test_elsewhere(self):
+        """
+        A storage that does not lie on the image is not kept for the next file.
+        """
+        image, tensors = on_image(10)
+        other = torch.ones(3).untyped_storage()
+        gone = weakref.ref(other)
+
+        places, others = image.sorted([other, tensors[0].untyped_storage()])
+        assert [place.name for place in places] == ["archive/data/1"]
+        assert [name for name, _ in others] == ["archive/data/0"]
+        del other, others
+
+        assert gone() is None
+
+
+class TestScatter:
+    @pytest.fixture(params=[pytest.param("C", marks=in_c), "Python"])
+    def scatter(self, request):
+        return image_records.scatter if request.param == "C" else image_records.scatter_in_python
+
+    @given(sizes=st.lists(st.integers(0, 9), max_size=9), data=st.data())
+    @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_each_part_to_its_place(self, scatter, sizes, data):
+        """
+        Each part is copied to where its place begins, and nothing else is changed.
+        """
+        parts = bytearray(range(1, 1 + sum(sizes)))
+        gaps = data.draw(st.lists(st.integers(0, 5), min_size=len(sizes), max_size=len(sizes)))
+        memory, starts, expected = bytearray(sum(sizes) + sum(gaps) + 3), [], b""
+        bounds = np.cumsum([0, *sizes], dtype=np.uint64)
+        for number, (gap, size) in enumerate(zip(gaps, sizes, strict=True)):
+            expected += bytes(gap)
+            starts.append(len(expected))
+            begin = int(bounds[number])
+            expected += parts[begin : begin + size]
+
+        scatter(memoryview(memory), np.array(starts, dtype=np.uint64), parts, bounds)
+
+        assert memory == expected + bytes(len(memory) - len(expected))
+
+    @in_c
+    @pytest.mark.parametrize(
+        ("starts", "bounds"),
+        [
+            ([9], [0, 2]),
+            ([2**64 - 1], [0, 2]),
+            ([0], [11, 13]),
+            ([0], [3, 2]),
+            ([0], [0, 11]),
+            ([0], [0, 1, 2]),
+            ([0, 1], [0, 1]),
+            ([0, 9], [0, 1, 3]),
+        ],
+    )
+    def test_outside(self, starts, bounds):
+        """
+        Nothing is read or written outside of the two, and nothing copied of what does not fit.
+        """
+        memory = bytearray(10)
+        arrays = (np.array(one, dtype=np.uint64) for one in (starts, bounds))
+        with pytest.raises(ValueError, match="Cannot scatter"):
+            image_records.scatter(memoryview(memory), next(arrays), bytearray(b"twelve bytes"), next(arrays))
+
+        assert memory == bytes(10)
+
+
 class TestInPlace:
     @pytest.mark.usefixtures("small_batches")
     def test_image_is_not_copied(self):
@@ -265,7 +370,8 @@ class TestInPlace:
 
 
 class TestTurns:
-    def test_for_each_tensor(self, monkeypatch):
+    @pytest.mark.parametrize("way", [pytest.param("C", marks=in_c), "Python"])
+    def test_for_each_tensor(self, monkeypatch, way):
         """
         Other threads are offered a turn at the interpreter for each tensor, in all that is done for each.
         """
@@ -282,10 +388,13 @@ class TestTurns:
 
         clock = Clock()
         monkeypatch.setattr(turns, "time", clock)
+        if way == "Python":
+            monkeypatch.setattr(image_records, "scatter", image_records.scatter_in_python)
         image, tensors = on_image(*[10] * 100)
         archive._works()
 
-        for things_done in (5, 3):  # the second time, what is pickled and what stands around them is known
+        # The second time all is known but what the pickle names, and what Python itself copies.
+        for things_done in (4, 1) if way == "C" else (5, 2):
             clock.slept = 0
             written(tensors, image)
             assert clock.slept == pytest.approx(100 * things_done, abs=5)

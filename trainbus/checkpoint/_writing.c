@@ -10,6 +10,7 @@
 #include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 typedef uint32_t (*sum_function)(uint32_t sum, const unsigned char *bytes, uint64_t size);
@@ -46,6 +47,40 @@ static PyObject *sum_up(PyObject *module, PyObject *args)
     PyBuffer_Release(&sums);
     if (!fits)
         return NULL;
+    Py_RETURN_NONE;
+}
+
+static int lies_within(const uint64_t *starts, const uint64_t *bounds, size_t count, uint64_t target,
+                       uint64_t source)
+{
+    for (size_t i = 0; i < count; i++) {
+        uint64_t size = bounds[i + 1] - bounds[i]; /* far too large where they go down */
+        if (bounds[i + 1] > source || size > target || starts[i] > target - size)
+            return 0;
+    }
+    return 1;
+}
+
+/* Keeps the interpreter's lock: what is copied between sums that are made without it is some 20 KB. */
+static PyObject *scatter(PyObject *module, PyObject *args)
+{
+    Py_buffer memory, starts, parts, bounds;
+    int fits;
+
+    if (!PyArg_ParseTuple(args, "w*y*y*y*", &memory, &starts, &parts, &bounds))
+        return NULL;
+    const uint64_t *at = starts.buf, *from = bounds.buf;
+    size_t count = (size_t)starts.len / sizeof(uint64_t);
+    fits = starts.len % sizeof(uint64_t) == 0 && bounds.len == starts.len + (Py_ssize_t)sizeof(uint64_t)
+           && lies_within(at, from, count, (uint64_t)memory.len, (uint64_t)parts.len);
+    for (size_t i = 0; fits && i < count; i++)
+        memcpy((char *)memory.buf + at[i], (const char *)parts.buf + from[i], from[i + 1] - from[i]);
+    PyBuffer_Release(&memory);
+    PyBuffer_Release(&starts);
+    PyBuffer_Release(&parts);
+    PyBuffer_Release(&bounds);
+    if (!fits)
+        return PyErr_Format(PyExc_ValueError, "Cannot scatter: each part must be one of the parts, and fit.");
     Py_RETURN_NONE;
 }
 
@@ -181,6 +216,7 @@ static PyObject *only_about(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"sum_up", sum_up, METH_VARARGS, "sum_up(function, addresses, sizes, sums): see the .pyi file."},
+    {"scatter", scatter, METH_VARARGS, "scatter(memory, starts, parts, bounds): see the .pyi file."},
     {"begin_write", begin_write, METH_VARARGS, "begin_write(fd, data, position): see the .pyi file."},
     {"finish_write", finish_write, METH_O, "finish_write(write): see the .pyi file."},
     {"only_about", only_about, METH_VARARGS, "only_about(types, function): see the .pyi file."},

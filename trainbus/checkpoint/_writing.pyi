@@ -16,6 +16,20 @@ def sum_up(function: int, addresses: np.ndarray, sizes: np.ndarray, sums: np.nda
         ValueError: The three are not equally long.
     """
 
+def scatter(memory: memoryview, starts: np.ndarray, parts: bytearray, bounds: np.ndarray) -> None:
+    """
+    Copy each of *parts* to its place on *memory*.
+
+    Args:
+        memory: Writable.
+        starts: Of each part's place on *memory*, in bytes, as uint64.
+        parts: All of them, one behind the other.
+        bounds: Where in *parts* each begins, and behind it where the last one ends, as uint64.
+
+    Raises:
+        ValueError: A part would lie outside of *memory*, or is none; nothing was copied.
+    """
+
 def begin_write(fd: int, data: memoryview, position: int) -> object:
     """
     Begin to write *data* at a byte of a file, with one ``pwrite``, on a thread that Python knows nothing of.

@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import mmap
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -57,11 +58,32 @@ class Image:
         self.count = count
         self._tensors = tensors
         self._records: ImageRecords | None = None
+        self._storages: list[UntypedStorage] = []
+        self._places: list[Place] = []
 
     @functools.cached_property
     def reductions(self) -> Reductions:
         """What pickling asks these tensors for; found out on the thread that first writes them."""
         return Reductions(self._tensors)
+
+    def sorted(self, storages: list[UntypedStorage]) -> tuple[list[Place], list[tuple[str, UntypedStorage]]]:
+        """Return those that lie here by where they begin, and the others; all with their records' names."""
+        if len(storages) == len(self._storages) and all(map(operator.is_, storages, self._storages)):
+            return self._places, []
+        places, others = [], []
+        turns = Turns()
+        for number, storage in enumerate(storages):
+            name = f"{_FOLDER}/data/{number}"
+            start = storage.data_ptr() - self.address
+            if 0 <= start < len(self.memory) and storage.nbytes():
+                places.append(Place(start, storage.nbytes(), name))
+            else:
+                others.append((name, storage))
+            turns.offer()
+        places.sort()
+        if not others:  # which would be kept for nothing
+            self._storages, self._places = storages, places
+        return places, others
 
     def records(self, places: list[Place], header: int, begins: int) -> ImageRecords:
         """Return what `ImageRecords` these arguments give: those of the file before, where they fit it."""
@@ -92,7 +114,7 @@ def write_archive(
     if not _works():
         return False
     data, storages = pickled(state, image.reductions)
-    places, others = _sorted(storages, image)
+    places, others = image.sorted(storages)
     if len(places) != image.count or any(one.device.type != "cpu" for _, one in others):
         return False
     wait_for_bytes()
@@ -159,24 +181,6 @@ class _Archive:
         self._last = last
 
 
-def _sorted(
-    storages: list[UntypedStorage], image: Image
-) -> tuple[list[Place], list[tuple[str, UntypedStorage]]]:
-    """Return those on the image by where they begin on it, and the others; all with their records' names."""
-    places, others = [], []
-    size = len(image.memory)
-    turns = Turns()
-    for number, storage in enumerate(storages):
-        name = f"{_FOLDER}/data/{number}"
-        start = storage.data_ptr() - image.address
-        if 0 <= start < size and storage.nbytes():
-            places.append(Place(start, storage.nbytes(), name))
-        else:
-            others.append((name, storage))
-        turns.offer()
-    return sorted(places), others
-
-
 def _bytes_of(storage: UntypedStorage) -> memoryview:
     flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
     return flat.numpy().data
@@ -193,7 +197,7 @@ def _works() -> bool:
     try:
         data, storages = pickled(state, Reductions([view]))
         image = Image(memoryview(buffer), [view], 1)
-        _Archive(stream).write(data, *_sorted(storages, image), image)
+        _Archive(stream).write(data, *image.sorted(storages), image)
         loaded = torch.load(stream.file(), weights_only=True)
         same = torch.equal(loaded["view"], view) and torch.equal(loaded["other"], other)
         tied = loaded["tied"].data_ptr() == loaded["view"].data_ptr() + view.element_size()

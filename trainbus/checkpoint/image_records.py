@@ -12,6 +12,21 @@ from trainbus.checkpoint.record_sums import add_to_sums
 from trainbus.checkpoint.turns import Turns
 from trainbus.checkpoint.zip_records import SUM_IN_ENTRY, SUM_IN_TAIL, Record, between, entry
 
+
+def scatter_in_python(memory: memoryview, starts: np.ndarray, parts: bytearray, bounds: np.ndarray) -> None:
+    """Do what `scatter` does, more slowly."""
+    turns = Turns()
+    view = memoryview(parts)
+    for start, (begin, end) in zip(starts.tolist(), pairwise(bounds.tolist()), strict=True):
+        memory[start : start + end - begin] = view[begin:end]
+        turns.offer()
+
+
+try:
+    from trainbus.checkpoint._writing import scatter
+except ImportError:  # built where there was a C compiler
+    scatter = scatter_in_python
+
 __all__ = ["ImageRecords", "Place"]
 
 # Bytes that are summed up at once, and then written while the next ones are: less at first, because the
@@ -66,18 +81,17 @@ class ImageRecords:
     def __init__(self, places: Sequence[Place], header: int, begins: int) -> None:
         turns = Turns()
         self.last = Record(places[0].name, places[0].size, header)
-        gaps, entries, where = [], [entry(self.last)], []
+        gaps, entries = [], [entry(self.last)]
         for place, following in pairwise(places):
             record = Record(following.name, following.size)
             gaps.append(between(self.last, record, begins + place.end, begins + following.start))
-            where.append(slice(place.end, following.start))
             entries.append(entry(record))
             self.last = record
             turns.offer()
         self._key = places, header, begins
         self._count = len(places)
         self._gaps = _Summed(gaps, SUM_IN_TAIL)
-        self._fillings = list(zip(where, self._gaps.parts(), strict=True))
+        self._gap_starts = np.array([place.end for place in places[:-1]], dtype=np.uint64)
         self._entries = _Summed(entries, SUM_IN_ENTRY)
         self._batches = list(_batches(places))
 
@@ -94,16 +108,13 @@ class ImageRecords:
         Yields:
             The byte of the image up to which it is complete.
         """
-        turns = Turns()
         sums = np.zeros(self._count, dtype=np.uint32)
         for first, starts, sizes in self._batches:
             stop = first + len(starts)
             add_to_sums(sums[first:stop], memory, starts, sizes)
             self._gaps.set_sums(sums, first, stop)
             # Behind the last one too: if that is not complete, the next batch does it again.
-            for where, gap in self._fillings[first:stop]:
-                memory[where] = gap
-                turns.offer()
+            self._gaps.put_on(memory, self._gap_starts, first, stop)
             yield int(starts[-1] + sizes[-1])
         self._entries.set_sums(sums, 0, len(sums))
         self.last.sum = int(sums[-1])
@@ -127,19 +138,19 @@ class _Summed:
 
     def __init__(self, parts: Sequence[bytes], position: int) -> None:
         self.whole = bytearray().join(parts)
-        self._bounds = np.cumsum([0, *map(len, parts)])
+        self._bounds = np.cumsum([0, *map(len, parts)], dtype=np.uint64)
         self._bytes = np.frombuffer(self.whole, dtype=np.uint8)
-        self._at = self._bounds[:-1, None] + position + np.arange(4)
-
-    def parts(self) -> list[memoryview]:
-        """Return each part, as it is and as `set_sums` will make it."""
-        view = memoryview(self.whole)
-        return [view[start:stop] for start, stop in pairwise(self._bounds.tolist())]
+        self._at = self._bounds[:-1, None].astype(np.int64) + position + np.arange(4)
 
     def set_sums(self, sums: np.ndarray, first: int, stop: int) -> None:
         """Set those of the parts from *first* to before *stop*, out of *sums* of all."""
         at = self._at[first:stop]
         self._bytes[at] = sums[first : first + len(at)].astype("<u4").view(np.uint8).reshape(-1, 4)
+
+    def put_on(self, memory: memoryview, starts: np.ndarray, first: int, stop: int) -> None:
+        """Copy each of these parts to *memory*, to where *starts* of all say."""
+        starts = starts[first:stop]
+        scatter(memory, starts, self.whole, self._bounds[first : first + len(starts) + 1])
 
 
 def _batches(places: Sequence[Place]) -> Iterator[_Batch]:
