@@ -256,6 +256,13 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.save_reports",
         "trainbus.save_requests",
     },
+    "trainbus.run_loading": {
+        "trainbus.callback",
+        "trainbus.checkpoint.",
+        "trainbus.loading",
+        "trainbus.run_saving",
+        "trainbus.state.",
+    },
     "trainbus.handler": {
         *RUN,
         "trainbus",
@@ -265,8 +272,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.",
         "trainbus.divided_saves",
         "trainbus.leaving",
-        "trainbus.loading",
-        "trainbus.run_saving",
+        "trainbus.run_loading",
         "trainbus.save_reports",
         "trainbus.save_requests",
         "trainbus.unwrap",
