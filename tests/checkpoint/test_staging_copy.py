@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import threading
 import warnings
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -544,6 +545,23 @@ class TestWhatWaits:
         assert taken.state[0].equal(tensor)
         assert not stager.thread.is_alive()
         taken.wait()
+
+    def test_holds_owners_not_the_state(self, make):
+        """
+        What waits is read through its owner; what the state had made of it may end at once.
+        """
+        module = nn.Linear(LARGE // 64, 64)
+        stager = make()
+        state = module.state_dict()
+        ends = [weakref.ref(tensor) for tensor in state.values()]
+
+        taken = stager.take(state, owning(*module.parameters()))
+        del state
+
+        assert taken.waits
+        assert [end() for end in ends] == [None, None]
+        arrive(stager, taken)
+        assert taken.state["weight"].equal(module.weight)
 
     def test_owned_in_part(self, make):
         """
