@@ -13,7 +13,13 @@ import pytest
 SCRIPT = os.path.join(os.path.dirname(__file__), "kill_points.py")
 
 
-@pytest.fixture(scope="module", params=[10, 6 << 20], ids=["small", "in chunks past the cache"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(10, id="small"),
+        pytest.param(6 << 20, id="in chunks past the cache", marks=pytest.mark.full),
+    ],
+)
 def results(request, tmp_path_factory):
     """Return what was found after each kill, the last being the save that nobody killed."""
     folder = tmp_path_factory.mktemp("kills") / "run"

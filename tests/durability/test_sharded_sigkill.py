@@ -14,7 +14,10 @@ class TestOneKilled:
         assert outcome["left"] == []
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize(
+    "exchange",
+    [pytest.param(True, id="exchange"), pytest.param(False, id="two renames", marks=pytest.mark.full)],
+)
 class TestKilled:
     def test_at_each_call(self, ask, tmp_path, exchange):
         """
