@@ -235,7 +235,7 @@ class Stager:
         views = views_of(buffer, plan)
         # Of what may wait the owner is held, not what ``state_dict()`` made of it: thousands of tensors that
         # end with the copy would be as many turns at the interpreter's lock, on a thread others wait for.
-        held = [waiting.get(index, tensor) for index, tensor in enumerate(tensors)]
+        held = [waiting.get(index, tensor) for index, tensor in enumerate(tensors)] if waiting else tensors
         moves, late_ranges = self._move(plan, held, views, buffer)
         copies = {
             id(tensor): _copy_parts(tensor) if view is None else view
