@@ -231,7 +231,7 @@ class TestNextFile:
 
 
 class TestPlaces:
-    def test_are_remembered(self, monkeypatch):
+    def test_are_remembered(self):
         """
         Where storages lie is asked once, not for each file.
         """

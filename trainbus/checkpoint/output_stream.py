@@ -206,9 +206,8 @@ class OutputStream:
         self._hasher.update(data)
         self._wait(max(0, self._behind.most - 1))
         self._raise_error()
-        bypassing = self._bypassing
         finish = self._behind.begin(self._disk, self._fd, data, position)
-        self._unfinished.append(_Write(finish, data, position, bypassing, chunk))
+        self._unfinished.append(_Write(finish, data, position, self._bypassing, chunk))
         self._handed_on += len(data)
         self._wait(self._behind.most)
 

@@ -80,31 +80,27 @@ class WriteBehind:
             until then. To be called once.
         """
         self._rest()
-        if self.most == 0:
-            return _made(functools.partial(disk.write, fd, data, position))
-        if begin_write is not None and getattr(disk.write, "__func__", None) is Disk.write:
+        if self.most and begin_write is not None and getattr(disk.write, "__func__", None) is Disk.write:
             with contextlib.suppress(OSError):  # the system has no more threads
                 return functools.partial(finish_write, begin_write(fd, data, position))
-        return _on_thread(functools.partial(disk.write, fd, data, position))
+        write = functools.partial(disk.write, fd, data, position)
+        outcome: Future[int] = Future()
+        if self.most == 0:
+            _make(write, outcome)
+            return outcome.result
+        thread = threading.Thread(target=_make, args=(write, outcome), name="trainbus-disk", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more, or the interpreter exits
+            _make(write, outcome)
+        return outcome.result
 
 
-def _made(write: Callable[[], int], outcome: Future[int] | None = None) -> Callable[[], int]:
-    outcome = outcome or Future()
+def _make(write: Callable[[], int], outcome: Future[int]) -> None:
     try:
         outcome.set_result(write())
     except BaseException as error:
         outcome.set_exception(error)
-    return outcome.result
-
-
-def _on_thread(write: Callable[[], int]) -> Callable[[], int]:
-    outcome: Future[int] = Future()
-    thread = threading.Thread(target=_made, args=(write, outcome), name="trainbus-disk", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # the system has no more, or the interpreter exits
-        _made(write, outcome)
-    return outcome.result
 
 
 _ALL: weakref.WeakSet[WriteBehind] = weakref.WeakSet()
