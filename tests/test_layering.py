@@ -68,14 +68,20 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.zip_records": set(),
     "trainbus.checkpoint.turns": set(),
     "trainbus.checkpoint.state_pickle": {"trainbus.checkpoint._writing", "trainbus.checkpoint.turns"},
-    "trainbus.checkpoint.record_sums": {"trainbus.checkpoint._writing"},
-    "trainbus.checkpoint.image_records": {
+    "trainbus.checkpoint.hasher": set(),
+    "trainbus.checkpoint.record_sums": {
         "trainbus.checkpoint._writing",
+        "trainbus.checkpoint.hasher",
+        "trainbus.checkpoint.turns",
+    },
+    "trainbus.checkpoint.image_records": {
+        "trainbus.checkpoint.hasher",
         "trainbus.checkpoint.record_sums",
         "trainbus.checkpoint.turns",
         "trainbus.checkpoint.zip_records",
     },
     "trainbus.checkpoint.archive": {
+        "trainbus.checkpoint.hasher",
         "trainbus.checkpoint.image_records",
         "trainbus.checkpoint.record_sums",
         "trainbus.checkpoint.state_pickle",
@@ -119,6 +125,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.output_stream": {
         *FILE,
         "trainbus.checkpoint.disk",
+        "trainbus.checkpoint.hasher",
         "trainbus.checkpoint.write_behind",
     },
     "trainbus.checkpoint.commit": {

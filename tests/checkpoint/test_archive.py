@@ -8,27 +8,30 @@ import weakref
 import zipfile
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+import xxhash
 
-from trainbus.checkpoint import archive, image_records, turns
+from trainbus.checkpoint import archive, image_records, record_sums, turns
 from trainbus.checkpoint.archive import Image, write_archive
+from trainbus.checkpoint.hasher import Hasher, new_hasher
 from trainbus.checkpoint.zip_records import ROOM
 
-in_c = pytest.mark.skipif(
-    image_records.scatter is image_records.scatter_in_python, reason="built without a C compiler"
-)
+in_c = pytest.mark.skipif(record_sums.complete_in_c is None, reason="built without a C compiler")
 
 
 class Parts(io.BytesIO):
-    """Notes what was written in place: where it came to stand, and where it lay."""
+    """Notes what was written in place: where it came to stand, and where it lay; and what was hashed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.in_place: list[tuple[int, int, int]] = []
+        self.hashed_by_others: tuple[int, int] | None = None
+        self.hasher = new_hasher()
+
+    def leave_hashing(self, count: int) -> Hasher:
+        self.hashed_by_others = self.tell(), self.tell() + count
+        return self.hasher
 
     def write_in_place(self, data: memoryview) -> None:
         address = torch.frombuffer(data, dtype=torch.uint8).data_ptr() if len(data) else 0
@@ -276,57 +279,6 @@ class TestPlaces:
         assert gone() is None
 
 
-class TestScatter:
-    @pytest.fixture(params=[pytest.param("C", marks=in_c), "Python"])
-    def scatter(self, request):
-        return image_records.scatter if request.param == "C" else image_records.scatter_in_python
-
-    @given(sizes=st.lists(st.integers(0, 9), max_size=9), data=st.data())
-    @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    def test_each_part_to_its_place(self, scatter, sizes, data):
-        """
-        Each part is copied to where its place begins, and nothing else is changed.
-        """
-        parts = bytearray(range(1, 1 + sum(sizes)))
-        gaps = data.draw(st.lists(st.integers(0, 5), min_size=len(sizes), max_size=len(sizes)))
-        memory, starts, expected = bytearray(sum(sizes) + sum(gaps) + 3), [], b""
-        bounds = np.cumsum([0, *sizes], dtype=np.uint64)
-        for number, (gap, size) in enumerate(zip(gaps, sizes, strict=True)):
-            expected += bytes(gap)
-            starts.append(len(expected))
-            begin = int(bounds[number])
-            expected += parts[begin : begin + size]
-
-        scatter(memoryview(memory), np.array(starts, dtype=np.uint64), parts, bounds)
-
-        assert memory == expected + bytes(len(memory) - len(expected))
-
-    @in_c
-    @pytest.mark.parametrize(
-        ("starts", "bounds"),
-        [
-            ([9], [0, 2]),
-            ([2**64 - 1], [0, 2]),
-            ([0], [11, 13]),
-            ([0], [3, 2]),
-            ([0], [0, 11]),
-            ([0], [0, 1, 2]),
-            ([0, 1], [0, 1]),
-            ([0, 9], [0, 1, 3]),
-        ],
-    )
-    def test_outside(self, starts, bounds):
-        """
-        Nothing is read or written outside of the two, and nothing copied of what does not fit.
-        """
-        memory = bytearray(10)
-        arrays = (np.array(one, dtype=np.uint64) for one in (starts, bounds))
-        with pytest.raises(ValueError, match="Cannot scatter"):
-            image_records.scatter(memoryview(memory), next(arrays), bytearray(b"twelve bytes"), next(arrays))
-
-        assert memory == bytes(10)
-
-
 class TestInPlace:
     @pytest.mark.usefixtures("small_batches")
     def test_image_is_not_copied(self):
@@ -368,6 +320,20 @@ class TestInPlace:
         end = begin + sum(size for _, _, size in stream.in_place)
         assert stream.getvalue()[begin:end] == bytes(image.memory[: end - begin])
 
+    @pytest.mark.usefixtures("small_batches")
+    @pytest.mark.parametrize("counts", [[900] * 20, [4096], [1024, 1024, 1000], [30, 50]])
+    def test_hashed(self, counts):
+        """
+        The bytes of the image, with what stands between its tensors, are hashed once, in their order.
+        """
+        image, tensors = on_image(*counts)
+
+        stream = written(tensors, image)
+
+        begin, end = stream.hashed_by_others
+        assert stream.hasher.hexdigest() == xxhash.xxh3_128_hexdigest(stream.getvalue()[begin:end])
+        assert end - begin == tensors[-1].data_ptr() + tensors[-1].nbytes - image.address
+
 
 class TestTurns:
     @pytest.mark.parametrize("way", [pytest.param("C", marks=in_c), "Python"])
@@ -389,7 +355,7 @@ class TestTurns:
         clock = Clock()
         monkeypatch.setattr(turns, "time", clock)
         if way == "Python":
-            monkeypatch.setattr(image_records, "scatter", image_records.scatter_in_python)
+            monkeypatch.setattr(record_sums, "complete_in_c", None)
         image, tensors = on_image(*[10] * 100)
         archive._works()
 

@@ -13,74 +13,118 @@
 #include <string.h>
 #include <unistd.h>
 
-typedef uint32_t (*sum_function)(uint32_t sum, const unsigned char *bytes, uint64_t size);
+/* What xxHash and ISA-L are asked for, by address. */
+struct functions {
+    uint32_t (*sum)(uint32_t sum, const unsigned char *bytes, uint64_t size);
+    int (*hash)(void *state, const void *bytes, size_t size);
+    void *state;
+};
 
-static void add_to_sums(sum_function add, const uint64_t *addresses, const uint64_t *sizes, uint32_t *sums,
-                        size_t count)
+/* Bytes of records, piece by piece. */
+struct pieces {
+    const uint64_t *starts, *sizes;
+    uint32_t *sums;
+    size_t count;
+};
+
+/* What stands behind each of the first of those records, which end there. */
+struct gaps {
+    const uint64_t *starts, *bounds; /* on the memory; in the parts, and behind the last one where it ends */
+    unsigned char *parts;
+    size_t count;
+    size_t sum_at;
+};
+
+enum { BLOCK = 256 << 10, SUM_BYTES = 4 };
+
+/* Block by block: what the sum has read lies in the core's cache when the digest reads it. */
+static uint32_t sum_and_hash(const struct functions *to, uint32_t sum, const unsigned char *bytes, uint64_t size)
 {
-    for (size_t i = 0; i < count; i++)
-        sums[i] = add(sums[i], (const unsigned char *)(uintptr_t)addresses[i], sizes[i]);
-}
-
-/* A call for each from Python lets go of the lock, and waits 5 ms for it beside a thread that never does. */
-static PyObject *sum_up(PyObject *module, PyObject *args)
-{
-    unsigned long long function;
-    Py_buffer addresses, sizes, sums;
-    int fits;
-
-    if (!PyArg_ParseTuple(args, "Ky*y*w*", &function, &addresses, &sizes, &sums))
-        return NULL;
-    size_t count = (size_t)sums.len / sizeof(uint32_t);
-    Py_ssize_t needed = (Py_ssize_t)(count * sizeof(uint64_t));
-    fits = addresses.len == needed && sizes.len == needed && sums.len % sizeof(uint32_t) == 0;
-    if (fits) {
-        Py_BEGIN_ALLOW_THREADS
-        add_to_sums((sum_function)(uintptr_t)function, addresses.buf, sizes.buf, sums.buf, count);
-        Py_END_ALLOW_THREADS
+    while (size > 0) {
+        uint64_t block = size < BLOCK ? size : BLOCK;
+        sum = to->sum(sum, bytes, block);
+        to->hash(to->state, bytes, block);
+        bytes += block, size -= block;
     }
-    else
-        PyErr_SetString(PyExc_ValueError,
-                        "Cannot sum up: give as many addresses and sizes, as uint64, as sums, as uint32.");
-    PyBuffer_Release(&addresses);
-    PyBuffer_Release(&sizes);
-    PyBuffer_Release(&sums);
-    if (!fits)
-        return NULL;
-    Py_RETURN_NONE;
+    return sum;
 }
 
-static int lies_within(const uint64_t *starts, const uint64_t *bounds, size_t count, uint64_t target,
-                       uint64_t source)
+static void complete_all(const struct functions *to, unsigned char *memory, const struct pieces *pieces,
+                         const struct gaps *gaps)
 {
-    for (size_t i = 0; i < count; i++) {
-        uint64_t size = bounds[i + 1] - bounds[i]; /* far too large where they go down */
-        if (bounds[i + 1] > source || size > target || starts[i] > target - size)
+    for (size_t i = 0; i < pieces->count; i++) {
+        uint32_t sum = sum_and_hash(to, pieces->sums[i], memory + pieces->starts[i], pieces->sizes[i]);
+
+        pieces->sums[i] = sum;
+        if (i < gaps->count) {
+            unsigned char *part = gaps->parts + gaps->bounds[i], *gap = memory + gaps->starts[i];
+            uint64_t size = gaps->bounds[i + 1] - gaps->bounds[i];
+            for (int byte = 0; byte < SUM_BYTES; byte++)
+                part[gaps->sum_at + byte] = (unsigned char)(sum >> 8 * byte);
+            memcpy(gap, part, size);
+            to->hash(to->state, gap, size);
+        }
+    }
+}
+
+static int lie_within(uint64_t size, const struct pieces *pieces)
+{
+    for (size_t i = 0; i < pieces->count; i++)
+        if (pieces->sizes[i] > size || pieces->starts[i] > size - pieces->sizes[i])
+            return 0;
+    return 1;
+}
+
+static int fit(uint64_t size, uint64_t parts, const struct gaps *gaps)
+{
+    for (size_t i = 0; i < gaps->count; i++) {
+        uint64_t part = gaps->bounds[i + 1] - gaps->bounds[i]; /* far too large where they go down */
+        if (gaps->bounds[i + 1] > parts || part < gaps->sum_at + SUM_BYTES || part > size
+            || gaps->starts[i] > size - part)
             return 0;
     }
     return 1;
 }
 
-/* Keeps the interpreter's lock: what is copied between sums that are made without it is some 20 KB. */
-static PyObject *scatter(PyObject *module, PyObject *args)
+/* One call for many: a call for each from Python lets go of the lock, and waits 5 ms for it beside a thread
+ * that never does. */
+static PyObject *complete(PyObject *module, PyObject *args)
 {
-    Py_buffer memory, starts, parts, bounds;
+    unsigned long long sum, hash, state;
+    Py_buffer memory, starts, sizes, sums, gap_starts, bounds, parts;
+    unsigned int sum_at;
     int fits;
 
-    if (!PyArg_ParseTuple(args, "w*y*y*y*", &memory, &starts, &parts, &bounds))
+    if (!PyArg_ParseTuple(args, "(KKK)w*(y*y*w*)(y*y*w*I)", &sum, &hash, &state, &memory, &starts, &sizes, &sums,
+                          &gap_starts, &bounds, &parts, &sum_at))
         return NULL;
-    const uint64_t *at = starts.buf, *from = bounds.buf;
-    size_t count = (size_t)starts.len / sizeof(uint64_t);
-    fits = starts.len % sizeof(uint64_t) == 0 && bounds.len == starts.len + (Py_ssize_t)sizeof(uint64_t)
-           && lies_within(at, from, count, (uint64_t)memory.len, (uint64_t)parts.len);
-    for (size_t i = 0; fits && i < count; i++)
-        memcpy((char *)memory.buf + at[i], (const char *)parts.buf + from[i], from[i + 1] - from[i]);
+    struct functions functions = {.state = (void *)(uintptr_t)state};
+    functions.sum = (uint32_t (*)(uint32_t, const unsigned char *, uint64_t))(uintptr_t)sum;
+    functions.hash = (int (*)(void *, const void *, size_t))(uintptr_t)hash;
+    struct pieces pieces = {starts.buf, sizes.buf, sums.buf, (size_t)sums.len / sizeof(uint32_t)};
+    struct gaps gaps = {gap_starts.buf, bounds.buf, parts.buf, (size_t)gap_starts.len / sizeof(uint64_t), sum_at};
+    fits = sums.len % (Py_ssize_t)sizeof(uint32_t) == 0 && starts.len == 2 * sums.len && sizes.len == starts.len
+           && gap_starts.len % (Py_ssize_t)sizeof(uint64_t) == 0 && gaps.count <= pieces.count
+           && bounds.len == gap_starts.len + (Py_ssize_t)sizeof(uint64_t)
+           && lie_within((uint64_t)memory.len, &pieces) && fit((uint64_t)memory.len, (uint64_t)parts.len, &gaps);
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        complete_all(&functions, memory.buf, &pieces, &gaps);
+        Py_END_ALLOW_THREADS
+    }
+    else
+        PyErr_SetString(PyExc_ValueError,
+                        "Cannot complete: each piece needs a start, a size and a sum, each gap a start and a part "
+                        "with room for its sum, and all must lie on the memory.");
     PyBuffer_Release(&memory);
     PyBuffer_Release(&starts);
-    PyBuffer_Release(&parts);
+    PyBuffer_Release(&sizes);
+    PyBuffer_Release(&sums);
+    PyBuffer_Release(&gap_starts);
     PyBuffer_Release(&bounds);
+    PyBuffer_Release(&parts);
     if (!fits)
-        return PyErr_Format(PyExc_ValueError, "Cannot scatter: each part must be one of the parts, and fit.");
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -215,8 +259,7 @@ static PyObject *only_about(PyObject *module, PyObject *args)
 }
 
 static PyMethodDef methods[] = {
-    {"sum_up", sum_up, METH_VARARGS, "sum_up(function, addresses, sizes, sums): see the .pyi file."},
-    {"scatter", scatter, METH_VARARGS, "scatter(memory, starts, parts, bounds): see the .pyi file."},
+    {"complete", complete, METH_VARARGS, "complete(functions, memory, pieces, gaps): see the .pyi file."},
     {"begin_write", begin_write, METH_VARARGS, "begin_write(fd, data, position): see the .pyi file."},
     {"finish_write", finish_write, METH_O, "finish_write(write): see the .pyi file."},
     {"only_about", only_about, METH_VARARGS, "only_about(types, function): see the .pyi file."},

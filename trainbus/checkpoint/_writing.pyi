@@ -3,31 +3,29 @@ from typing import Any
 
 import numpy as np
 
-def sum_up(function: int, addresses: np.ndarray, sizes: np.ndarray, sums: np.ndarray) -> None:
+def complete(
+    functions: tuple[int, int, int],
+    memory: memoryview,
+    pieces: tuple[np.ndarray, np.ndarray, np.ndarray],
+    gaps: tuple[np.ndarray, np.ndarray, bytearray, int],
+) -> None:
     """
-    Continue each of *sums* over a range of this process's memory, without the GIL.
+    Sum up pieces of *memory*, complete the gaps behind them, and hash all in this order, without the GIL.
 
     Args:
-        function: Address of ``uint32_t function(uint32_t sum, const unsigned char *bytes, uint64_t size)``.
-        addresses, sizes: Of each range, as uint64; nothing checks that memory is there.
-        sums: As uint32; changed in place.
-
-    Raises:
-        ValueError: The three are not equally long.
-    """
-
-def scatter(memory: memoryview, starts: np.ndarray, parts: bytearray, bounds: np.ndarray) -> None:
-    """
-    Copy each of *parts* to its place on *memory*.
-
-    Args:
+        functions: Addresses of ``uint32_t sum(uint32_t sum, const unsigned char *bytes, uint64_t size)``, of
+            ``int hash(void *state, const void *bytes, size_t size)``, and of its state.
         memory: Writable.
-        starts: Of each part's place on *memory*, in bytes, as uint64.
-        parts: All of them, one behind the other.
-        bounds: Where in *parts* each begins, and behind it where the last one ends, as uint64.
+        pieces: Of each, where on *memory* it begins and its size, in bytes, as uint64, and its sum so far,
+            as uint32, which is continued in place.
+        gaps: Of each of those behind the first pieces, where on *memory* it begins, as uint64; where in the
+            parts that are to stand there its part begins, and behind these where the last part ends, as
+            uint64; the parts, one behind the other; at which of its bytes each is given the piece's sum,
+            four bytes in little-endian order.
 
     Raises:
-        ValueError: A part would lie outside of *memory*, or is none; nothing was copied.
+        ValueError: The lengths do not fit each other, or something would lie outside of *memory* or of the
+            parts; nothing was changed.
     """
 
 def begin_write(fd: int, data: memoryview, position: int) -> object:

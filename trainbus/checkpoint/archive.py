@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.storage import UntypedStorage
 
+from trainbus.checkpoint.hasher import Hasher, new_hasher
 from trainbus.checkpoint.image_records import ImageRecords, Place
 from trainbus.checkpoint.record_sums import crc32
 from trainbus.checkpoint.state_pickle import Reductions, pickled
@@ -39,6 +40,9 @@ class Stream(Protocol):
 
     def write_in_place(self, data: memoryview) -> None:
         """Write *data*, which is not changed any more."""
+
+    def leave_hashing(self, count: int) -> Hasher:
+        """Leave it to the caller to hash the next *count* bytes."""
 
 
 class Image:
@@ -164,8 +168,9 @@ class _Archive:
         begins = -(-(self._written + 256) // _BLOCK) * _BLOCK
         self._append(between(self._last, first, self._written, begins))
         records = image.records(places, first.header, begins)
+        hasher = self._stream.leave_hashing(places[-1].end)
         done = 0
-        for end in records.completed(image.memory):
+        for end in records.completed(image.memory, hasher):
             whole = end - end % _BLOCK
             if whole - done >= _WORTH_IN_PLACE:
                 self._stream.write_in_place(image.memory[done:whole])
@@ -214,9 +219,13 @@ class _MemoryStream:
     def __init__(self) -> None:
         self._file = io.BytesIO()
         self.write = self._file.write
+        self._hasher = new_hasher()
 
     def write_in_place(self, data: memoryview) -> None:
         self._file.write(data)
+
+    def leave_hashing(self, count: int) -> Hasher:
+        return self._hasher
 
     def file(self) -> io.BytesIO:
         self._file.seek(0)

@@ -12,12 +12,13 @@ import re
 import stat
 from collections.abc import Callable
 from dataclasses import replace
-from typing import BinaryIO, NamedTuple
-
-import xxhash
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from trainbus.checkpoint.manifest import NO_DIGEST, Manifest, decode_manifest, encode_manifest, fit_manifest
 from trainbus.errors import CheckpointCorruptError
+
+if TYPE_CHECKING:
+    from trainbus.checkpoint.hasher import Hasher
 
 __all__ = [
     "END_RECORD_BYTES",
@@ -50,9 +51,7 @@ class Ending(NamedTuple):
     digest_at: int
 
 
-def seal(
-    manifest: Manifest, end_record: bytes, before: int, hasher: xxhash.xxh3_128
-) -> tuple[Manifest, bytes]:
+def seal(manifest: Manifest, end_record: bytes, before: int, hasher: Hasher) -> tuple[Manifest, bytes]:
     """
     Return the manifest with size and digest, and the last bytes of the file that hold it.
 
@@ -78,7 +77,7 @@ def seal(
     return final, record + encode_manifest(final).ljust(len(comment))
 
 
-def seal_alone(manifest: Manifest, before: int, hasher: xxhash.xxh3_128) -> tuple[Manifest, bytes]:
+def seal_alone(manifest: Manifest, before: int, hasher: Hasher) -> tuple[Manifest, bytes]:
     """
     Return the manifest with size and digest, and the content of a file of its own that holds it.
 

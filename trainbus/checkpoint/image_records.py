@@ -8,24 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainbus.checkpoint.record_sums import add_to_sums
+from trainbus.checkpoint.hasher import Hasher
+from trainbus.checkpoint.record_sums import Gaps, Pieces, complete
 from trainbus.checkpoint.turns import Turns
 from trainbus.checkpoint.zip_records import SUM_IN_ENTRY, SUM_IN_TAIL, Record, between, entry
-
-
-def scatter_in_python(memory: memoryview, starts: np.ndarray, parts: bytearray, bounds: np.ndarray) -> None:
-    """Do what `scatter` does, more slowly."""
-    turns = Turns()
-    view = memoryview(parts)
-    for start, (begin, end) in zip(starts.tolist(), pairwise(bounds.tolist()), strict=True):
-        memory[start : start + end - begin] = view[begin:end]
-        turns.offer()
-
-
-try:
-    from trainbus.checkpoint._writing import scatter
-except ImportError:  # built where there was a C compiler
-    scatter = scatter_in_python
 
 __all__ = ["ImageRecords", "Place"]
 
@@ -51,14 +37,16 @@ class Place(NamedTuple):
 
 class _Batch(NamedTuple):
     """
-    What is summed up at once: of each of some neighbouring places all bytes, or a piece of them.
+    What is completed at once: of each of some neighbouring places all bytes, or a piece of them.
 
     Attributes:
         first: Index of the first of these places.
+        stop: Index behind the last of them that ends with its piece.
         starts, sizes: Of each piece, in bytes of the image, as uint64.
     """
 
     first: int
+    stop: int
     starts: np.ndarray
     sizes: np.ndarray
 
@@ -90,33 +78,35 @@ class ImageRecords:
             turns.offer()
         self._key = places, header, begins
         self._count = len(places)
-        self._gaps = _Summed(gaps, SUM_IN_TAIL)
+        self._gaps = _Parts(gaps)
         self._gap_starts = np.array([place.end for place in places[:-1]], dtype=np.uint64)
-        self._entries = _Summed(entries, SUM_IN_ENTRY)
+        self._entries = _Parts(entries)
         self._batches = list(_batches(places))
 
     def is_for(self, places: Sequence[Place], header: int, begins: int) -> bool:
         """Tell whether these are what it was made with."""
         return self._key == (places, header, begins)
 
-    def completed(self, memory: memoryview) -> Iterator[int]:
+    def completed(self, memory: memoryview, hasher: Hasher) -> Iterator[int]:
         """
-        Sum up what lies on *memory*, the image, and fill in what stands between; batch after batch.
+        Sum up what lies on *memory*, the image, fill in what stands between, and hash it; batch after batch.
 
         For one file at a time.
 
+        Args:
+            hasher: Has been given what the file has before the image.
+
         Yields:
-            The byte of the image up to which it is complete.
+            The byte of the image up to which that is done.
         """
         sums = np.zeros(self._count, dtype=np.uint32)
-        for first, starts, sizes in self._batches:
-            stop = first + len(starts)
-            add_to_sums(sums[first:stop], memory, starts, sizes)
-            self._gaps.set_sums(sums, first, stop)
-            # Behind the last one too: if that is not complete, the next batch does it again.
-            self._gaps.put_on(memory, self._gap_starts, first, stop)
+        for first, stop, starts, sizes in self._batches:
+            pieces = Pieces(starts, sizes, sums[first : first + len(starts)])
+            bounds = self._gaps.bounds[first : stop + 1]
+            gaps = Gaps(self._gap_starts[first:stop], bounds, self._gaps.whole, SUM_IN_TAIL)
+            complete(memory, pieces, gaps, hasher)
             yield int(starts[-1] + sizes[-1])
-        self._entries.set_sums(sums, 0, len(sums))
+        self._entries.set_sums(sums, SUM_IN_ENTRY)
         self.last.sum = int(sums[-1])
 
     @property
@@ -125,48 +115,45 @@ class ImageRecords:
         return bytes(self._entries.whole)
 
 
-class _Summed:
+class _Parts:
     """
     Bytes in parts, in each of which a record's sum stands.
 
     Attributes:
         whole: All parts, one behind the other.
-
-    Args:
-        position: At which byte of a part the sum begins.
+        bounds: Where in it each begins, and behind it where the last one ends, as uint64.
     """
 
-    def __init__(self, parts: Sequence[bytes], position: int) -> None:
+    def __init__(self, parts: Sequence[bytes]) -> None:
         self.whole = bytearray().join(parts)
-        self._bounds = np.cumsum([0, *map(len, parts)], dtype=np.uint64)
-        self._bytes = np.frombuffer(self.whole, dtype=np.uint8)
-        self._at = self._bounds[:-1, None].astype(np.int64) + position + np.arange(4)
+        self.bounds = np.cumsum([0, *map(len, parts)], dtype=np.uint64)
 
-    def set_sums(self, sums: np.ndarray, first: int, stop: int) -> None:
-        """Set those of the parts from *first* to before *stop*, out of *sums* of all."""
-        at = self._at[first:stop]
-        self._bytes[at] = sums[first : first + len(at)].astype("<u4").view(np.uint8).reshape(-1, 4)
-
-    def put_on(self, memory: memoryview, starts: np.ndarray, first: int, stop: int) -> None:
-        """Copy each of these parts to *memory*, to where *starts* of all say."""
-        starts = starts[first:stop]
-        scatter(memory, starts, self.whole, self._bounds[first : first + len(starts) + 1])
+    def set_sums(self, sums: np.ndarray, position: int) -> None:
+        """Set that of each part, which begins at its byte *position*."""
+        at = self.bounds[:-1, None].astype(np.int64) + position + np.arange(4)
+        np.frombuffer(self.whole, dtype=np.uint8)[at] = sums.astype("<u4").view(np.uint8).reshape(-1, 4)
 
 
 def _batches(places: Sequence[Place]) -> Iterator[_Batch]:
     most = _FIRST_BATCH
-    first, starts, sizes, left = 0, [], [], most
+    first, pieces, left = 0, [], most
     for index, place in enumerate(places):
         start = place.start
         while start < place.end:
             size = min(left, place.end - start)
-            starts.append(start)
-            sizes.append(size)
+            pieces.append((start, size))
             start += size
             left -= size
             if not left:
-                yield _Batch(first, np.array(starts, dtype=np.uint64), np.array(sizes, dtype=np.uint64))
+                yield _batch(places, first, pieces)
                 most = min(2 * most, _LARGEST_BATCH)
-                first, starts, sizes, left = index + (start == place.end), [], [], most
-    if starts:
-        yield _Batch(first, np.array(starts, dtype=np.uint64), np.array(sizes, dtype=np.uint64))
+                first, pieces, left = index + (start == place.end), [], most
+    if pieces:
+        yield _batch(places, first, pieces)
+
+
+def _batch(places: Sequence[Place], first: int, pieces: list[tuple[int, int]]) -> _Batch:
+    starts, sizes = np.array(pieces, dtype=np.uint64).T.copy()
+    last = first + len(pieces) - 1
+    ends = sum(pieces[-1]) == places[last].end
+    return _Batch(first, last + ends, starts, sizes)

@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
 
 from trainbus.checkpoint.disk import Disk
 from trainbus.checkpoint.file_format import END_RECORD_BYTES, seal
+from trainbus.checkpoint.hasher import Hasher, new_hasher
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.write_behind import WriteBehind
 
@@ -78,7 +78,8 @@ class OutputStream:
         self._memory = behind.take()
         self._used = 0
         self._handed_on = 0
-        self._hasher = xxhash.xxh3_128()
+        self._hasher = new_hasher()
+        self._hashed_ahead = 0  # up to which byte of the file
         self._bypassing = False
         self._unfinished: deque[_Write] = deque()
 
@@ -123,6 +124,19 @@ class OutputStream:
                 self._hand_on(self._used)
             self._write_behind(data[:whole])
         self.write(data[whole:])
+
+    def leave_hashing(self, count: int) -> Hasher:
+        """
+        Leave it to the caller to hash the next *count* bytes: where they are made, or while a cache has them.
+
+        More must follow them than is held back.
+
+        Returns:
+            What the caller gives each of them, in their order, before it gives them to this.
+        """
+        self._hash(self._memory[: self._used].data, self._handed_on)
+        self._hashed_ahead = self.tell() + count
+        return self._hasher
 
     def flush(self) -> None:
         """Do nothing: only `finish` may write the last bytes."""
@@ -173,7 +187,7 @@ class OutputStream:
             # What is left is no whole number of blocks.
             self._use_cache()
         body = max(0, self._used - self._held_back)
-        self._hasher.update(self._memory[:body].data)
+        self._hash(self._memory[:body].data, self._handed_on)
         self._write_all(self._memory[:body].data, self._handed_on)
         return self._memory[body : self._used].tobytes(), self._handed_on + body
 
@@ -192,7 +206,7 @@ class OutputStream:
 
     def _write_behind(self, data: memoryview, chunk: np.ndarray | None = None) -> None:
         """
-        Hash *data* and begin to write it; *chunk* is free when that is done.
+        Hash *data*, unless that was done, and begin to write it; *chunk* is free when that is done.
 
         Summing up is several times as fast as a disk. Who ran ahead of it would keep a core busy for
         a while; a training step that begins then has its OpenMP threads put together on the other
@@ -203,13 +217,19 @@ class OutputStream:
         if position == 0:
             with contextlib.suppress(OSError):  # then it goes through the cache
                 self._bypassing = self._disk.bypass_cache(self._fd, True)
-        self._hasher.update(data)
+        self._hash(data, position)
         self._wait(max(0, self._behind.most - 1))
         self._raise_error()
         finish = self._behind.begin(self._disk, self._fd, data, position)
         self._unfinished.append(_Write(finish, data, position, self._bypassing, chunk))
         self._handed_on += len(data)
         self._wait(self._behind.most)
+
+    def _hash(self, data: memoryview, position: int) -> None:
+        """Hash what others have not of *data*, the file's bytes from *position* on."""
+        left = data[max(0, self._hashed_ahead - position) :]
+        if left:
+            self._hasher.update(left)
 
     def _wait(self, left: int = 0) -> None:
         """Wait until at most *left* writes are unfinished."""
