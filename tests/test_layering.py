@@ -181,10 +181,16 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.interpreter_exit",
         "trainbus.checkpoint.pending_save",
     },
+    "trainbus.checkpoint.job_runner": {
+        "trainbus.checkpoint.commit",
+        "trainbus.checkpoint.pending_save",
+        "trainbus.checkpoint.save_outcomes",
+        "trainbus.checkpoint.write_job",
+    },
     "trainbus.checkpoint.background_writer": {
         *FILE,
-        "trainbus.checkpoint.commit",
         "trainbus.checkpoint.interpreter_exit",
+        "trainbus.checkpoint.job_runner",
         "trainbus.checkpoint.patience",
         "trainbus.checkpoint.pending_save",
         "trainbus.checkpoint.save_outcomes",

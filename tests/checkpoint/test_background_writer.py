@@ -638,7 +638,7 @@ class TestDeadThread:
             gates[0]()
             raise SystemExit
 
-        writer._carry_out = die
+        writer._runner.carry_out = die
         saves = [save(writer, name, release=lambda: released.append(1)) for name in "ab"]
         thread = writer._thread
         gates[0].open.set()
@@ -649,7 +649,7 @@ class TestDeadThread:
                 pending.result(WAIT)
         writer.flush(WAIT)
         assert released == [1, 1]
-        del writer._carry_out
+        del writer._runner.carry_out
         assert save(writer, "c.pt").result(WAIT) is MANIFEST
 
 

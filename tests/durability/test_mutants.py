@@ -98,7 +98,7 @@ MUTANTS = [
     Mutant("swept file written on", "temporary.py", "os.fstat(fd).st_nlink > 0", "True", TEMPORARY),
     Mutant(
         "removal before the new file is durable",
-        "background_writer.py",
+        "job_runner.py",
         "        if job.pending is None or self._write(job, job.pending):\n",
         "        for given, path in job.removals:\n            self._remove_file(job, given, path)\n"
         "        if job.pending is None or self._write(job, job.pending):\n",

@@ -6,11 +6,8 @@ Imports nothing but the standard library, for it has to work while the interpret
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import logging
 import os
-import sys
 import threading
 import time
 import weakref
@@ -19,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainbus.checkpoint import interpreter_exit
+from trainbus.checkpoint.job_runner import JobRunner, give_way
 from trainbus.checkpoint.patience import Patience
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.save_outcomes import SaveOutcomes
@@ -30,21 +28,19 @@ if TYPE_CHECKING:
 
 __all__ = ["BackgroundWriter", "finish_saves"]
 
-_log = logging.getLogger("trainbus")
-NICENESS = 10
 _POLICIES = ("wait", "skip", "replace")
 _PATIENCE = 600.0
 _LOOKS_EVERY = 1.0  # seconds between two looks at whether the thread still does something
 
 
 class Helper(Protocol):
-    """Threads that a save needs beside the writer's own."""
+    """A thread that a save needs beside the writer's own."""
 
     def start(self) -> None:
-        """Start them, unless they run."""
+        """Start it, unless it runs."""
 
     def close(self) -> None:
-        """Let them end when they have nothing left to do."""
+        """Let it end when it has nothing left to do."""
 
 
 class BackgroundWriter:
@@ -62,7 +58,7 @@ class BackgroundWriter:
         max_pending: Saves that may be unfinished at a time, at least 1.
         on_busy: What `admit` does when there are that many: ``"wait"``; ``"skip"`` the new one;
             ``"replace"`` the newest that has not begun, for which *max_pending* must be 2 or more.
-        helpers: Other threads that the saves need. They are started before the first save is
+        helper: Another thread that the saves need. It is started before the first save is
             admitted, because none can be while the interpreter exits.
         name: The thread's.
         patience: Seconds without progress after which the thread counts as stuck: its save and
@@ -77,7 +73,7 @@ class BackgroundWriter:
         *,
         max_pending: int = 1,
         on_busy: str = "wait",
-        helpers: Sequence[Helper] = (),
+        helper: Helper | None = None,
         name: str = "trainbus-writer",
         patience: float = _PATIENCE,
         last_progress: Callable[[], float] = lambda: 0.0,
@@ -91,11 +87,11 @@ class BackgroundWriter:
             raise ValueError(f"on_busy='replace' needs max_pending of at least 2, got {max_pending!r}.")
         self._patience = Patience(patience, last_progress)
         self._outcomes = SaveOutcomes(report, self._settle)
+        self._runner = JobRunner(self._outcomes, self._make_room, pause)
         self._max_pending = max_pending
         self._on_busy = on_busy
-        self._helpers = helpers
+        self._helper = helper
         self._name = name
-        self._pause = pause
         self._closed = False
         self._begin_empty()
         _WRITERS.add(self)
@@ -233,8 +229,8 @@ class BackgroundWriter:
         self.flush(timeout)
         if thread is not None and not self._is_stuck():
             thread.join(timeout)
-        for helper in self._helpers:
-            helper.close()
+        if self._helper is not None:
+            self._helper.close()
 
     def _refuse_if_closed(self, pending: PendingSave) -> None:
         if self._closed:
@@ -248,8 +244,8 @@ class BackgroundWriter:
             return
         if interpreter_exit.is_exiting():
             raise HandlerClosedError("Cannot save while the interpreter exits. Save before that.")
-        for helper in self._helpers:
-            helper.start()
+        if self._helper is not None:
+            self._helper.start()
         thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         thread.start()
         self._thread = thread
@@ -298,7 +294,7 @@ class BackgroundWriter:
         give_way()
         try:
             while (job := self._next_job()) is not None:
-                self._carry_out(job)
+                self._runner.carry_out(job)
                 with self._changed:
                     self._running = None
                     self._changed.notify_all()
@@ -335,25 +331,6 @@ class BackgroundWriter:
             if job.pending is not None:
                 self._outcomes.failed(job.pending, RuntimeError("the writer thread has died"))
 
-    def _carry_out(self, job: WriteJob) -> None:
-        if job.pending is None or self._write(job, job.pending):
-            for given, path in job.all_removals():
-                self._remove_file(job, given, path)
-
-    def _write(self, job: WriteJob, pending: PendingSave) -> bool:
-        try:
-            manifest = job.run(self._make_room, self._pause)
-        except BaseException as error:
-            # Also what is meant to end the thread: somebody may be waiting for this save.
-            self._outcomes.failed(pending, error)
-            return False
-        if pending.done():
-            _log.warning("%r was written after all; it was reported as failed.", pending.path)
-            return False
-        pending.times.durable = time.monotonic()
-        self._outcomes.saved(pending, manifest)
-        return True
-
     def _make_room(self) -> bool:
         """Carry out the removals in the queue that wait for no save; return whether there were any."""
         with self._changed:
@@ -361,19 +338,8 @@ class BackgroundWriter:
             for job in removals:
                 self._jobs.remove(job)
         for job in removals:
-            self._carry_out(job)
+            self._runner.carry_out(job)
         return bool(removals)
-
-    def _remove_file(self, job: WriteJob, given: str, path: str) -> None:
-        # Not above: this module has to be importable where what a file format needs is not.
-        from trainbus.checkpoint.commit import remove
-
-        try:
-            remove(path)
-        except OSError as error:
-            _log.warning("Cannot remove the old checkpoint %r: %s. It stays where it is.", path, error)
-            return
-        self._outcomes.removed(given, job.stream, job.pending)
 
     def _settle(self, pending: PendingSave, finish: Callable[[], None]) -> None:
         # At once: whoever learns that it is finished finds room, and who finds room finds it finished.
@@ -397,13 +363,6 @@ def finish_saves(path: str | os.PathLike[str]) -> None:
         saved = [os.path.abspath(save.path) for save in writer.unfinished if save.path is not None]
         if any(target in (file, os.path.dirname(file)) for file in saved):
             writer.flush()
-
-
-def give_way() -> None:
-    """Let the calling thread have what time the training leaves, while it uses every core."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 _WRITERS: weakref.WeakSet[BackgroundWriter] = weakref.WeakSet()

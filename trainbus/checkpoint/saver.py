@@ -79,7 +79,7 @@ class Saver:
             report,
             max_pending=max_pending,
             on_busy=on_busy,
-            helpers=(self._stager.thread,),
+            helper=self._stager.thread,
             patience=write_timeout,
             last_progress=lambda: max(self._behind.last_progress, self._last_progress_elsewhere()),
         )
