@@ -279,9 +279,10 @@ def count_saves(told: list[list[Any]]) -> int:
 def killed(folder: str, times: int, mebibytes: int = 0) -> dict[str, Any]:
     """Kill a training so many times, each time going on in the same folder."""
     promises, problems, left, saves = Promises(), [], 0, 0
-    for _ in range(times):
-        # Now and then before it has saved anything.
-        wanted = random.randint(0, MOST_SAVES // (1 + mebibytes // 4))
+    most = MOST_SAVES // (1 + mebibytes // 4)
+    for number in range(times):
+        # Now and then before it has saved anything. Not at random: few saves in all would prove little.
+        wanted = number % (most + 1)
         told = train_until(folder, lambda: None, saves=wanted, mebibytes=mebibytes)
         promises.hear(told)
         problems += promises.broken_in(folder) + [text for what, text, *_ in told if what == "failed"]
