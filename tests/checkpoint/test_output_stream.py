@@ -168,6 +168,27 @@ class TestWrite:
         assert len(content(fd)) == final.size
 
 
+class TestLeaveHashing:
+    @pytest.mark.parametrize("before", [0, 5, 63, 64, 86, 130])
+    @pytest.mark.parametrize("ahead", [1, 22, 64, 200])
+    @pytest.mark.parametrize("step", [1, 50, 1000])
+    def test_same_digest(self, fd, before, ahead, step):
+        """
+        What others hash is not hashed again, and all before and behind it is, wherever chunks end.
+        """
+        data = np.arange(500, dtype=np.uint16).tobytes() + END_RECORD
+        stream = OutputStream(fd, Disk(), inline(64))
+        stream.write(data[:before])
+
+        stream.leave_hashing(ahead).update(data[before : before + ahead])
+        for start in range(before, len(data), step):
+            stream.write(data[start : start + step])
+        final = stream.finish(MANIFEST)
+
+        zeroed = content(fd).replace(final.digest.encode(), b"0" * 32)
+        assert xxhash.xxh3_128_hexdigest(zeroed) == final.digest
+
+
 class TestWriteInPlace:
     def pages(self, count: int) -> memoryview:
         mapping = mmap.mmap(-1, count * 4096)

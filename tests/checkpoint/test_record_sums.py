@@ -137,11 +137,9 @@ class TestComplete:
         A Python thread runs while bytes are summed up and hashed.
         """
         case = Case([(100_000, 9)] * 9)
-        places = (np.tile(one, 100) for one in case.pieces)
+        pieces = Pieces(*(np.tile(one, 100) for one in case.pieces))
 
-        assert is_let_go_by(
-            lambda: complete(memoryview(case.memory), Pieces(*places), case.gaps, hasher_of(way))
-        )
+        assert is_let_go_by(lambda: complete(memoryview(case.memory), pieces, case.gaps, hasher_of(way)))
 
 
 @built

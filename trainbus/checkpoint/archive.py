@@ -219,13 +219,12 @@ class _MemoryStream:
     def __init__(self) -> None:
         self._file = io.BytesIO()
         self.write = self._file.write
-        self._hasher = new_hasher()
 
     def write_in_place(self, data: memoryview) -> None:
         self._file.write(data)
 
     def leave_hashing(self, count: int) -> Hasher:
-        return self._hasher
+        return new_hasher()
 
     def file(self) -> io.BytesIO:
         self._file.seek(0)
