@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -292,40 +293,34 @@ class TestRemovals:
 
         assert old.exists()
 
-    def test_on_their_own(self, make, reports, tmp_path, monkeypatch):
+    def test_relative_paths(self, make, reports, tmp_path, monkeypatch):
         """
-        Removals can be queued without a save; relative paths are those of the moment of asking.
+        Relative paths are those of the moment of asking, and reported as they were given.
         """
         monkeypatch.chdir(tmp_path)
-        for name in ("a.pt", "b.pt"):
-            (tmp_path / name).touch()
+        (tmp_path / "old.pt").touch()
         writer = make()
 
-        writer.remove(["a.pt", "b.pt"], stream="s")
+        save(writer, "a.pt", removals=["old.pt"])
         monkeypatch.chdir("/")
         writer.flush(WAIT)
 
         assert os.listdir(tmp_path) == []
-        assert reports.events == [("removed", "a.pt"), ("removed", "b.pt")]
-        assert reports.fields[0] == {"path": "a.pt", "stream": "s"}
+        assert reports.events == [("saved", "a.pt"), ("removed", "old.pt")]
 
-    def test_in_one_queue_with_saves(self, make, reports, gates, tmp_path):
+    def test_before_the_next_save(self, make, reports, gates, tmp_path):
         """
-        A removal waits for the saves before it.
+        What a save makes superfluous is gone before the next one is begun.
         """
         old = tmp_path / "old.pt"
         old.touch()
         writer = make(max_pending=2)
-        save(writer, "a.pt", gates[0])
-        writer.remove([str(old)])
-        save(writer, "b.pt")
+        save(writer, "a.pt", removals=[str(old)])
+        save(writer, "b.pt", gates[0])
+
         assert gates[0].begun.wait(WAIT)
-        assert old.exists()
 
-        gates[0].open.set()
-        writer.flush(WAIT)
-
-        assert [event for event, _ in reports.events] == ["saved", "removed", "saved"]
+        assert reports.events == [("saved", "a.pt"), ("removed", str(old))]
 
     def test_failure_is_logged(self, make, reports, tmp_path, caplog):
         """
@@ -336,11 +331,31 @@ class TestRemovals:
         writer = make()
 
         with caplog.at_level(logging.WARNING, "trainbus"):
-            writer.remove([str(tmp_path / "folder"), str(tmp_path / "b.pt")])
+            save(writer, "a.pt", removals=[str(tmp_path / "folder"), str(tmp_path / "b.pt")])
             writer.flush(WAIT)
 
         assert "Cannot remove the old checkpoint" in caplog.text
-        assert reports.events == [("removed", str(tmp_path / "b.pt"))]
+        assert reports.events == [("saved", "a.pt"), ("removed", str(tmp_path / "b.pt"))]
+
+
+class TestIdle:
+    def test_holds_no_save(self, make):
+        """
+        When nothing is left to do, what the last save was made of is let go, which holds its snapshot.
+        """
+
+        class Write:
+            def __call__(self) -> Manifest:
+                return MANIFEST
+
+        write, gone = Write(), threading.Event()
+        weakref.finalize(write, gone.set)
+        writer = make()
+
+        save(writer, "a.pt", write)
+        del write
+
+        assert gone.wait(WAIT)
 
 
 class TestAdmit:
@@ -471,25 +486,6 @@ class TestAdmit:
         writer.flush(WAIT)
 
         assert old.exists()
-
-    def test_replace_leaves_removals_queued(self, make, gates, tmp_path):
-        """
-        Only a save is replaced, never a removal.
-        """
-        old = tmp_path / "old.pt"
-        old.touch()
-        writer = make(max_pending=2, on_busy="replace")
-        save(writer, "a.pt", gates[0])
-        assert gates[0].begun.wait(WAIT)
-        second = save(writer, "b.pt")
-        writer.remove([str(old)])
-        save(writer, "c.pt")
-
-        gates[0].open.set()
-        writer.flush(WAIT)
-
-        assert isinstance(second._error, CheckpointSkipped)
-        assert not old.exists()
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -30,12 +30,12 @@ class Write:
         return MANIFEST
 
 
-def run(write, make_room=lambda: False, **options):
+def run(write):
     """Run a job; return what it waited, and how often its memory was released."""
     pauses, released = [], []
     job = WriteJob(PendingSave("a.pt", global_step=7), write, lambda: released.append(1))
     try:
-        return job.run(make_room, pauses.append), pauses, released
+        return job.run(pauses.append), pauses, released
     except BaseException as error:
         error.seen_pauses, error.seen_releases = pauses, released
         raise
@@ -74,9 +74,10 @@ class TestTries:
 
         assert write.calls == 2
 
-    @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EFBIG, errno.EINTR, errno.ENOSPC])
-    def test_what_will_not_pass_is_tried_once(self, number):
+    @pytest.mark.parametrize("name", ["EROFS", "EACCES", "EFBIG", "EINTR", "ENOSPC", "EDQUOT"])
+    def test_what_will_not_pass_is_tried_once(self, name):
         """A failure that will not pass by itself is reported at once."""
+        number = getattr(errno, name)
         write = Write(OSError(number, "no"))
         with pytest.raises(CheckpointWriteError) as info:
             run(write)
@@ -92,16 +93,6 @@ class TestTries:
         assert write.calls == 1
 
 
-class TestRoom:
-    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-    def test_that_was_made_is_worth_a_try(self, number):
-        """A full disk is tried again when removals have made room."""
-        write = Write(OSError(number, "full"))
-        manifest, _, _ = run(write, make_room=lambda: True)
-
-        assert manifest is MANIFEST and write.calls == 2
-
-
 class TestUnsyncedName:
     def test_is_said(self):
         """Where only the folder's sync failed, the error says that the new file is there."""
@@ -112,5 +103,5 @@ class TestUnsyncedName:
 class TestIsTransient:
     def test_is_pure(self):
         """Errors that are none of a disk's are never worth another try."""
-        assert not is_transient(ValueError(), room_was_made=True)
-        assert not is_transient(OSError("no number"), room_was_made=True)
+        assert not is_transient(ValueError())
+        assert not is_transient(OSError("no number"))

@@ -149,22 +149,6 @@ class TestTries:
         once = ["create", "write", "write", "fsync"]
         assert made == once + once
 
-    def test_of_a_full_disk_need_a_removal(self, handler, tmp_path, caplog):
-        """A full disk is tried again once removals that were waiting have made room."""
-        old = tmp_path / "old.pt"
-        trainbus.save(1, old)
-        writer = handler._saver.writer
-
-        def queue_removal(name, number):
-            if number == 1:
-                writer.remove([str(old)])
-
-        with FaultyDisk(errno.ENOSPC, calls=["write"], before=queue_removal):
-            save(handler, tmp_path / "a.pt", 1.0).result(WAIT)
-
-        assert sorted(os.listdir(tmp_path)) == ["a.pt"]
-        assert "was written at try 2" in caplog.text
-
 
 class TestWarnOnly:
     def test_goes_on(self, tmp_path, caplog):

@@ -99,9 +99,9 @@ MUTANTS = [
     Mutant(
         "removal before the new file is durable",
         "job_runner.py",
-        "        if job.pending is None or self._write(job, job.pending):\n",
+        "        if self._write(job):\n",
         "        for given, path in job.removals:\n            self._remove_file(job, given, path)\n"
-        "        if job.pending is None or self._write(job, job.pending):\n",
+        "        if self._write(job):\n",
         WRITER,
     ),
     Mutant(

@@ -45,15 +45,15 @@ class Helper(Protocol):
 
 class BackgroundWriter:
     """
-    One thread, one queue for saves and removals.
+    One thread, one queue of saves; each brings the removals that it entails.
 
     A save goes through `admit` (there is room), `submit` (it is queued) and the thread.
     What is queued is finished at interpreter exit; a failure that nobody has seen by then
     is printed. A forked child starts with an empty queue and touches nothing of the parent's.
 
     Args:
-        report: Called with an event's name and fields when a save or removal is over, before
-            its `PendingSave` is finished; on the writer thread, or in `admit` and `fail` on
+        report: Called with an event's name and fields when a save is over, before its `PendingSave`
+            is finished, and when a file was removed; on the writer thread, or in `admit` and `fail` on
             the caller's. An idle writer keeps it alive until `close`.
         max_pending: Saves that may be unfinished at a time, at least 1.
         on_busy: What `admit` does when there are that many: ``"wait"``; ``"skip"`` the new one;
@@ -87,7 +87,7 @@ class BackgroundWriter:
             raise ValueError(f"on_busy='replace' needs max_pending of at least 2, got {max_pending!r}.")
         self._patience = Patience(patience, last_progress)
         self._outcomes = SaveOutcomes(report, self._settle)
-        self._runner = JobRunner(self._outcomes, self._make_room, pause)
+        self._runner = JobRunner(self._outcomes, pause)
         self._max_pending = max_pending
         self._on_busy = on_busy
         self._helper = helper
@@ -178,9 +178,7 @@ class BackgroundWriter:
             release: Called when *write* will not use its data any more, before the next
                 save is admitted.
         """
-        job = WriteJob(
-            pending, write, release or (lambda: None), pending.stream, absolute(removals), find_removals
-        )
+        job = WriteJob(pending, write, release or (lambda: None), absolute(removals), find_removals)
         with self._changed:
             try:
                 # It may have ended since: another thread closed the writer after the save was admitted.
@@ -192,16 +190,9 @@ class BackgroundWriter:
             self._jobs.append(job)
             self._changed.notify_all()
 
-    def fail(self, pending: PendingSave, error: Exception) -> None:
+    def fail(self, pending: PendingSave, error: BaseException) -> None:
         """Finish an admitted save that will not be submitted, because of *error*."""
         self._outcomes.failed(pending, error)
-
-    def remove(self, paths: Sequence[str], stream: str = "") -> None:
-        """Queue the removal of files. Does not block; one that fails is logged."""
-        with self._changed:
-            self._ensure_thread()
-            self._jobs.append(WriteJob(stream=stream, removals=absolute(paths)))
-            self._changed.notify_all()
 
     def flush(self, timeout: float | None = None) -> None:
         """
@@ -276,19 +267,17 @@ class BackgroundWriter:
 
     def _give_up(self, error: TimeoutError) -> None:
         self._given_up = self._running
-        for job in [job for job in self._jobs if job.pending is not None]:
-            self._jobs.remove(job)
+        for job in self._jobs:
             job.release()
+        self._jobs.clear()
         for pending in list(self._unfinished):
             self._outcomes.failed(pending, error)
 
     def _withdraw_waiting(self) -> None:
-        for job in reversed(self._jobs):
-            if job.pending is not None:
-                self._jobs.remove(job)
-                job.release()
-                self._outcomes.skipped(job.pending, "a newer save took its place")
-                return
+        if self._jobs:
+            job = self._jobs.pop()
+            job.release()
+            self._outcomes.skipped(job.pending, "a newer save took its place")
 
     def _run(self) -> None:
         give_way()
@@ -298,6 +287,8 @@ class BackgroundWriter:
                 with self._changed:
                     self._running = None
                     self._changed.notify_all()
+                # Not until the next one comes: it leads to the snapshot.
+                del job
         finally:
             self._leave_nobody_waiting()
 
@@ -306,9 +297,7 @@ class BackgroundWriter:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             if self._jobs:
                 job = self._running = self._jobs.popleft()
-                job.begun = time.monotonic()
-                if job.pending is not None:
-                    job.pending.times.begun = job.begun
+                job.begun = job.pending.times.begun = time.monotonic()
                 return job
             # Under the lock, so that whoever submits from now on starts a new thread.
             self._thread = None
@@ -328,18 +317,7 @@ class BackgroundWriter:
             self._changed.notify_all()
         for job in jobs:
             job.release()
-            if job.pending is not None:
-                self._outcomes.failed(job.pending, RuntimeError("the writer thread has died"))
-
-    def _make_room(self) -> bool:
-        """Carry out the removals in the queue that wait for no save; return whether there were any."""
-        with self._changed:
-            removals = [job for job in self._jobs if job.pending is None]
-            for job in removals:
-                self._jobs.remove(job)
-        for job in removals:
-            self._runner.carry_out(job)
-        return bool(removals)
+            self._outcomes.failed(job.pending, RuntimeError("the writer thread has died"))
 
     def _settle(self, pending: PendingSave, finish: Callable[[], None]) -> None:
         # At once: whoever learns that it is finished finds room, and who finds room finds it finished.

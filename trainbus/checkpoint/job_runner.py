@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.save_outcomes import SaveOutcomes
 from trainbus.checkpoint.write_job import WriteJob
 
@@ -31,26 +30,23 @@ class JobRunner:
 
     Args:
         outcomes: Is told.
-        make_room: Called when the disk is full: removes what may be removed, returns whether it did.
         pause: Called with the seconds to wait before a failed write is tried again.
     """
 
-    def __init__(
-        self, outcomes: SaveOutcomes, make_room: Callable[[], bool], pause: Callable[[float], Any]
-    ) -> None:
+    def __init__(self, outcomes: SaveOutcomes, pause: Callable[[float], Any]) -> None:
         self._outcomes = outcomes
-        self._make_room = make_room
         self._pause = pause
 
     def carry_out(self, job: WriteJob) -> None:
         """Write the job's file, and once it is durable remove what it makes superfluous."""
-        if job.pending is None or self._write(job, job.pending):
+        if self._write(job):
             for given, path in job.all_removals():
                 self._remove_file(job, given, path)
 
-    def _write(self, job: WriteJob, pending: PendingSave) -> bool:
+    def _write(self, job: WriteJob) -> bool:
+        pending = job.pending
         try:
-            manifest = job.run(self._make_room, self._pause)
+            manifest = job.run(self._pause)
         except BaseException as error:
             # Also what is meant to end the thread: somebody may be waiting for this save.
             self._outcomes.failed(pending, error)
@@ -71,7 +67,7 @@ class JobRunner:
         except OSError as error:
             _log.warning("Cannot remove the old checkpoint %r: %s. It stays where it is.", path, error)
             return
-        self._outcomes.removed(given, job.stream, job.pending)
+        self._outcomes.removed(given, job.pending)
 
 
 def give_way() -> None:

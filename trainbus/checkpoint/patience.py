@@ -51,7 +51,5 @@ class Patience:
         return time.monotonic() - max(job.begun, self._last_progress())
 
     def _describe(self, job: WriteJob) -> str:
-        what = repr(job.pending.path) if job.pending is not None else "removals"
-        seconds = time.monotonic() - job.begun
-        silent = self._silence(job)
-        return f"{what} has been in writing for {seconds:.0f} s, the last {silent:.0f} without progress"
+        path, seconds, silent = job.pending.path, time.monotonic() - job.begun, self._silence(job)
+        return f"{path!r} has been in writing for {seconds:.0f} s, the last {silent:.0f} without progress"

@@ -16,18 +16,10 @@ PAUSES = (0.1, 1.0)
 """Seconds before the second and the third try."""
 
 # A path that fails over, a server that is being restarted, a file handle that became stale.
+# A full disk is none of these: what a new file makes superfluous goes only when that is durable.
 _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.ESTALE}
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
-def is_transient(error: BaseException, *, room_was_made: bool) -> bool:
-    """
-    Tell whether the same write may succeed when tried again.
-
-    Args:
-        error: What the last try met.
-        room_was_made: Whether files were removed since.
-    """
-    if not isinstance(error, OSError):
-        return False
-    return error.errno in _TRANSIENT or (room_was_made and error.errno in _NO_ROOM)
+def is_transient(error: BaseException) -> bool:
+    """Tell whether the write that met *error* may succeed when tried again."""
+    return isinstance(error, OSError) and error.errno in _TRANSIENT

@@ -63,10 +63,10 @@ class SaveOutcomes:
         self._tell("checkpoint_failed", pending, error=failure)
         self._settle(pending, lambda: pending.fail(failure))
 
-    def removed(self, path: str, stream: str, pending: PendingSave | None) -> None:
-        """A file is gone; with *pending*, the save that made it superfluous."""
-        moment = _moment(pending) if pending is not None else {}
-        self._call_report("checkpoint_removed", {"path": path, "stream": stream, **moment})
+    def removed(self, path: str, pending: PendingSave) -> None:
+        """A file is gone, which *pending* made superfluous."""
+        fields = {"path": path, "stream": pending.stream, **_moment(pending)}
+        self._call_report("checkpoint_removed", fields)
 
     def _tell(self, event: str, pending: PendingSave, **fields: Any) -> None:
         known = {"save": pending, "path": pending.path, "stream": pending.stream, **_moment(pending)}

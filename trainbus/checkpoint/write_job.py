@@ -1,4 +1,4 @@
-"""One entry of the writer's queue: a save with what it entails, or removals alone."""
+"""One entry of the writer's queue: a save with what it entails."""
 
 from __future__ import annotations
 
@@ -27,55 +27,49 @@ class WriteJob:
     What the writer thread does in one go.
 
     Attributes:
-        pending: The save; None for removals alone.
+        pending: The save.
         write: Makes its file durable; may be called again after it failed.
         release: Gives the snapshot's memory back.
-        stream: Who asked.
         removals: Files to remove afterwards: as given, for the report, and absolute, because the
             script may change its working directory.
         find_removals: Called once the file is durable, for more files to remove.
         begun: ``time.monotonic()`` when the thread took it up; 0 before.
     """
 
-    pending: PendingSave | None = None
-    write: Callable[[], Manifest] | None = None
+    pending: PendingSave
+    write: Callable[[], Manifest]
     release: Callable[[], None] = lambda: None
-    stream: str = ""
     removals: list[tuple[str, str]] = field(default_factory=list)
     find_removals: Callable[[], Sequence[str]] = tuple
     begun: float = 0.0
 
-    def run(self, make_room: Callable[[], bool], pause: Callable[[float], Any] = time.sleep) -> Manifest:
+    def run(self, pause: Callable[[float], Any] = time.sleep) -> Manifest:
         """
         Write the file, several times if need be, then release the memory. Returns when it is durable.
 
         Args:
-            make_room: Called when the disk is full: removes what may be removed, returns whether it did.
             pause: Called with the seconds to wait before another try.
 
         Raises:
             CheckpointWriteError: The disk refused; the cause is what the last try met.
             BaseException: Whatever else kept it from being written.
         """
-        assert self.write is not None
         try:
-            return self._try(self.write, make_room, pause)
+            return self._try(pause)
         finally:
             self.release()
 
-    def _try(
-        self, write: Callable[[], Manifest], make_room: Callable[[], bool], pause: Callable[[float], Any]
-    ) -> Manifest:
+    def _try(self, pause: Callable[[float], Any]) -> Manifest:
         failures: list[OSError] = []
         since = 0.0
         while True:
             try:
-                manifest = write()
+                manifest = self.write()
             except OSError as error:
                 failures.append(error)
                 since = since or time.monotonic()
                 given_up = len(failures) == MOST_TRIES or time.monotonic() - since > MOST_SECONDS
-                if given_up or not is_transient(error, room_was_made=make_room()):
+                if given_up or not is_transient(error):
                     raise self._failure(error, tries=len(failures)) from error
                 pause(PAUSES[len(failures) - 1])
                 continue
@@ -84,11 +78,9 @@ class WriteJob:
             return manifest
 
     def _failure(self, error: OSError, tries: int) -> CheckpointWriteError:
-        assert self.pending is not None
         return CheckpointWriteError(self.pending.path or "", self.pending.global_step, error, tries=tries)
 
     def _say_that_it_took(self, failures: list[OSError]) -> None:
-        assert self.pending is not None
         _log.warning(
             "%r was written at try %d; before that the disk refused: %s. It may be failing.",
             self.pending.path,
