@@ -81,6 +81,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.zip_records",
     },
     "trainbus.checkpoint.archive": {
+        "trainbus.checkpoint.collector",
         "trainbus.checkpoint.hasher",
         "trainbus.checkpoint.image_records",
         "trainbus.checkpoint.record_sums",

@@ -4,6 +4,7 @@ import io
 import logging
 import mmap
 import struct
+import threading
 import weakref
 import zipfile
 from typing import Any
@@ -16,6 +17,10 @@ from trainbus.checkpoint import archive, image_records, record_sums, turns
 from trainbus.checkpoint.archive import Image, write_archive
 from trainbus.checkpoint.hasher import Hasher, new_hasher
 from trainbus.checkpoint.zip_records import ROOM
+
+from .forked import holds_in_child
+
+WAIT = 30
 
 in_c = pytest.mark.skipif(record_sums.complete_in_c is None, reason="built without a C compiler")
 
@@ -231,6 +236,34 @@ class TestNextFile:
         stream.seek(0)
         loaded = torch.load(stream, weights_only=True)
         assert all(map(torch.equal, loaded["tensors"], change(state)["tensors"]))
+
+
+class TestReductions:
+    def test_fork_meanwhile(self, monkeypatch):
+        """
+        A child that is forked while one thread finds them out finds out its own.
+        """
+        asked, told = threading.Event(), threading.Event()
+
+        def wait(tensors: list[torch.Tensor]) -> None:
+            asked.set()
+            assert told.wait(WAIT)
+
+        monkeypatch.setattr(archive, "Reductions", wait)
+        images = [Image(memoryview(bytearray(64)), [], 0) for _ in range(2)]
+        thread = threading.Thread(target=lambda: images[0].reductions)
+        thread.start()
+        assert asked.wait(WAIT)
+
+        def claim() -> bool:
+            archive.Reductions = list
+            return images[1].reductions == []
+
+        try:
+            assert holds_in_child(claim)
+        finally:
+            told.set()
+            thread.join(WAIT)
 
 
 class TestPlaces:

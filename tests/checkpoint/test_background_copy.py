@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -226,6 +227,21 @@ class TestWatched:
 
         assert owner._version == version
         assert watched.changed()
+
+    def test_memory_exchanged_is_not_freed(self):
+        """
+        The memory that a tensor had at the request stays for as long as it may be read.
+        """
+        memory = np.ones(4, np.float32)
+        owner, alive = nn.Parameter(torch.from_numpy(memory)), weakref.ref(memory)
+        del memory
+        watched = Watched([owner], [copy_of(owner)])
+
+        owner.data = torch.ones(4)
+
+        assert alive() is not None
+        del watched
+        assert alive() is None
 
     @pytest.mark.parametrize(
         "change",
@@ -732,7 +748,7 @@ class TestFailure:
         with torch.no_grad():
             owner.add_(1)
         copy.let_change()
-        copy.give_up(RuntimeError("third"))
+        copy.withdraw(RuntimeError("third"))
 
         with pytest.raises(OSError, match="first"):
             copy.wait()
@@ -780,10 +796,58 @@ class TestFailure:
         copy.let_change()
         copy.wait()
 
-    @pytest.mark.parametrize("checked", [False, True])
-    def test_give_up(self, checked):
+    def test_withdrawn_is_never_made(self):
         """
-        A copy that is given up holds nobody and no tensor, and `wait` raises the reason.
+        Who withdraws a copy may use its memory: a thread that comes to it later leaves that alone.
+        """
+        source, target = torch.ones(4), torch.zeros(4)
+        copy = BackgroundCopy([HostMove([target], [source])])
+        copy.withdraw(OSError("mine"))
+
+        copy.run()
+
+        assert target.tolist() == [0, 0, 0, 0]
+        assert copy.is_over
+
+    def test_withdrawn_too_late(self, thread):
+        """
+        A copy that is being made is made to its end, and held until then.
+        """
+        steps = Steps([])
+        steps.may_finish.clear()
+        copy = BackgroundCopy([steps])
+        thread.carry_out(copy)
+        assert steps.reached_finish.wait(TOO_LONG)
+
+        copy.withdraw(OSError("mine"))
+
+        assert not copy.is_over
+        steps.may_finish.set()
+        copy.wait()
+
+    @pytest.mark.parametrize("ends", [lambda copy: copy.run(), lambda copy: copy.withdraw(OSError("mine"))])
+    def test_names_are_let_go(self, ends):
+        """
+        Once it is over, it does not hold what names the tensors, which holds the whole snapshot.
+        """
+
+        class Names:
+            def __call__(self, tensor: torch.Tensor) -> str:
+                return "place"
+
+        names = Names()
+        held = weakref.ref(names)
+        copy = BackgroundCopy([], None, names)
+        del names
+
+        ends(copy)
+
+        assert held() is None
+
+    @pytest.mark.parametrize("checked", [False, True])
+    def test_withdrawn(self, checked):
+        """
+        A copy that is withdrawn holds nobody and no tensor, and `wait` raises the reason.
         """
         owner = nn.Parameter(torch.ones(4))
         held = weakref.ref(owner)
@@ -791,7 +855,7 @@ class TestFailure:
         copy = BackgroundCopy(
             [HostMove([target], [owner])], Watched([owner], [target], checked=checked), checked=checked
         )
-        copy.give_up(OSError("mine"))
+        copy.withdraw(OSError("mine"))
         del owner
         gc.collect()
 

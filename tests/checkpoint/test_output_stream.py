@@ -502,6 +502,25 @@ class TestThreads:
 
         assert content(fd)[: 9 * 4096] == b"a" * (9 * 4096)
 
+    def test_next_file_after_there_was_no_memory(self, fd, threads, monkeypatch):
+        """
+        A chunk that was being written when there was no memory for another has one owner afterwards.
+        """
+        take = threads.take
+
+        def take_once() -> np.ndarray:
+            monkeypatch.setattr(threads, "take", refuse)
+            return take()
+
+        def refuse() -> np.ndarray:
+            raise OSError(errno.ENOMEM, "no memory")
+
+        monkeypatch.setattr(threads, "take", take_once)
+        with pytest.raises(OSError, match="no memory"), OutputStream(fd, Disk(), threads) as stream:
+            stream.write(bytes(9 * 4096))
+
+        assert take().ctypes.data != take().ctypes.data
+
 
 class TestErrors:
     def test_first_error_is_remembered(self, fd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 import types
@@ -64,7 +65,7 @@ class Training:
     def save(self, collect: Callable[[], Any] | None = None) -> PendingSave:
         """Ask for a save as between two steps."""
         self.count += 1
-        pending = PendingSave(str(self.folder / f"{self.count}.pt"), global_step=self.count)
+        pending = self.last = PendingSave(str(self.folder / f"{self.count}.pt"), global_step=self.count)
         self.saver.save(pending, collect or self.state, lambda: MANIFEST, optimizers=[self.optimizer])
         return pending
 
@@ -602,6 +603,114 @@ class TestLostTime:
         assert training.saver.lost.total == 3
 
 
+class TestInterrupted:
+    """Ctrl-C, or what a signal's handler raises, in the middle of a save."""
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+    def test_while_collecting(self, train, error):
+        """
+        It goes on to the loop, the save has failed, and the next one finds room.
+        """
+        training = train()
+
+        def collect() -> Any:
+            raise error
+
+        with pytest.raises(error):
+            training.save(collect)
+
+        with pytest.raises(CheckpointWriteError, match=error.__name__):
+            training.last.result(0)
+        assert training.values(training.save()) == {0.0}
+
+    def test_before_it_is_copied(self, train, monkeypatch):
+        """
+        No step waits for a copy that nobody will make, and the next save finds memory and room.
+        """
+        training = train(snapshot="overlap")
+
+        def interrupted(snapshot: Any) -> None:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(training.saver._stager, "begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            training.save()
+        training.step()
+
+        with pytest.raises(CheckpointWriteError, match="KeyboardInterrupt"):
+            training.last.result(0)
+        assert training.values(training.save()) == {1.0}
+
+    def test_while_others_are_told(self, train):
+        """
+        Of a save that several ranks write, the part of this one that could not be begun holds up no other.
+        """
+        training = train()
+        pending = PendingSave(str(training.folder / "a.pt"))
+
+        def begin() -> Any:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            training.saver.follow(pending, begin, lambda: 0.0)
+
+        with pytest.raises(CheckpointWriteError, match="KeyboardInterrupt"):
+            pending.result(0)
+        assert training.values(training.save()) == {0.0}
+
+
+class TestCollector:
+    def test_runs_while_the_disk_writes(self, train):
+        """
+        Garbage is collected while a file is written: on a slow disk it would pile up.
+        """
+        enabled = []
+
+        class Noted(Disk):
+            def write(self, fd: int, data: memoryview, position: int) -> int:
+                enabled.append(gc.isenabled())
+                return super().write(fd, data, position)
+
+        with use_disk(Noted()):
+            train().save().result(WAIT)
+
+        assert enabled and all(enabled)
+
+
+class TestSpans:
+    """What ``torch.profiler`` shows of the training thread."""
+
+    def test_in_order(self, train, gate):
+        """
+        A save is its wait for room and its snapshot, the step behind it a wait for the copy.
+        """
+        training = train(snapshot="overlap")
+
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            training.save()
+            training.step()
+
+        spans = [span for span in profiler.events() if span.name.startswith("trainbus: ")]
+        assert [span.name for span in sorted(spans, key=lambda span: span.time_range.start)] == [
+            "trainbus: wait for room",
+            "trainbus: snapshot",
+            "trainbus: wait for the copy",
+        ]
+        assert len({span.thread for span in spans}) == 1
+
+    def test_nothing_to_wait_for(self, train):
+        """
+        A step that no copy is made beside has no span.
+        """
+        training = train(snapshot="overlap")
+
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            training.step()
+
+        assert not [span for span in profiler.events() if span.name.startswith("trainbus: ")]
+
+
 class TestTimes:
     """What a save says of itself; together it is what the saver says of all."""
 
@@ -699,6 +808,22 @@ class TestPrepare:
         assert touched[0][0] == "trainbus-copy"
         assert len(touched[0][1]) == size == training.saver._memory.size
         assert size >= 4 * LARGE
+
+    def test_no_thread_for_it(self, train, monkeypatch):
+        """
+        Where the system has no thread for it, the next save does not wait for it.
+        """
+        training = train()
+
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="start new thread"):
+                training.saver.prepare(training.state())
+
+        assert training.values(training.save()) == {0.0}
 
     @pytest.mark.parametrize("mode", ["auto", "overlap"])
     def test_save_meanwhile(self, train, touching, mode):

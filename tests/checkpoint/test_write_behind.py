@@ -67,6 +67,18 @@ class TestMemory:
 
         assert behind.take().ctypes.data != behind.take().ctypes.data
 
+    def test_given_back_twice(self):
+        """
+        A chunk that is given back twice has one owner at a time all the same.
+        """
+        behind = WriteBehind(chunk_bytes=4096)
+        chunk = behind.take()
+
+        behind.give_back(chunk)
+        behind.give_back(chunk)
+
+        assert behind.take().ctypes.data != behind.take().ctypes.data
+
     def test_aligned(self):
         """
         A chunk begins at a page, as writing past the page cache needs.

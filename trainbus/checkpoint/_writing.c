@@ -205,8 +205,9 @@ static PyObject *begin_write(PyObject *module, PyObject *args)
     write->process = getpid();
     errno = start_write(write);
     if (errno != 0) {
+        PyErr_SetFromErrno(PyExc_OSError); /* before anything else can change errno */
         free_write(write);
-        return PyErr_SetFromErrno(PyExc_OSError);
+        return NULL;
     }
     capsule = PyCapsule_New(write, WRITE, forget_write);
     if (capsule == NULL) {
@@ -219,16 +220,16 @@ static PyObject *begin_write(PyObject *module, PyObject *args)
 static PyObject *finish_write(PyObject *module, PyObject *capsule)
 {
     struct write *write = PyCapsule_GetPointer(capsule, WRITE);
-    ssize_t count;
+    PyObject *result;
 
     /* From here on it is this call's: a second one finds no such capsule. */
     if (write == NULL || PyCapsule_SetDestructor(capsule, NULL) != 0 || PyCapsule_SetName(capsule, "") != 0)
         return NULL;
     wait_for_write(write);
-    count = write->count;
     errno = write->error;
+    result = write->count < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromSsize_t(write->count);
     free_write(write);
-    return count < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromSsize_t(count);
+    return result;
 }
 
 static PyObject *answer(PyObject *types_and_function, PyObject *value)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.storage import UntypedStorage
 
+from trainbus.checkpoint import collector
 from trainbus.checkpoint.hasher import Hasher, new_hasher
 from trainbus.checkpoint.image_records import ImageRecords, Place
 from trainbus.checkpoint.record_sums import crc32
@@ -61,14 +62,18 @@ class Image:
         self.address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
         self.count = count
         self._tensors = tensors
+        self._reductions: Reductions | None = None
         self._records: ImageRecords | None = None
         self._storages: list[UntypedStorage] = []
         self._places: list[Place] = []
 
-    @functools.cached_property
+    @property
     def reductions(self) -> Reductions:
         """What pickling asks these tensors for; found out on the thread that first writes them."""
-        return Reductions(self._tensors)
+        # No `cached_property`: before Python 3.12 that has a lock, which a fork meanwhile leaves locked.
+        if self._reductions is None:
+            self._reductions = Reductions(self._tensors)
+        return self._reductions
 
     def sorted(self, storages: list[UntypedStorage]) -> tuple[list[Place], list[tuple[str, UntypedStorage]]]:
         """Return those that lie here by where they begin, and the others; all with their records' names."""
@@ -117,8 +122,9 @@ def write_archive(
     """
     if not _works():
         return False
-    data, storages = pickled(state, image.reductions)
-    places, others = image.sorted(storages)
+    with collector.paused():
+        data, storages = pickled(state, image.reductions)
+        places, others = image.sorted(storages)
     if len(places) != image.count or any(one.device.type != "cpu" for _, one in others):
         return False
     wait_for_bytes()
@@ -167,7 +173,8 @@ class _Archive:
         # Memory is handed to the disk as it is, so blocks of it have to be blocks of the file.
         begins = -(-(self._written + 256) // _BLOCK) * _BLOCK
         self._append(between(self._last, first, self._written, begins))
-        records = image.records(places, first.header, begins)
+        with collector.paused():
+            records = image.records(places, first.header, begins)
         hasher = self._stream.leave_hashing(places[-1].end)
         done = 0
         for end in records.completed(image.memory, hasher):
@@ -176,7 +183,10 @@ class _Archive:
                 self._stream.write_in_place(image.memory[done:whole])
                 done = whole
         rest = image.memory[done : places[-1].end]
-        (self._stream.write_in_place if done else self._stream.write)(rest)
+        if done:
+            self._stream.write_in_place(rest)
+        else:
+            self._stream.write(rest)
         self._written = begins + places[-1].end
         self._list(records.entries, len(places), records.last)
 

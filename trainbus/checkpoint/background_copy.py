@@ -127,6 +127,8 @@ class Watched:
     ) -> None:
         self.copies = copies
         self._owners = owners
+        # Where somebody gives a tensor other memory by hand, what is still read must not be freed.
+        self._storages = list(map(torch.Tensor.untyped_storage, owners))
         # Attribute by attribute, not tensor by tensor: so the loops run in C.
         self._marks = self._look()
         self._values = [owner.detach().to("cpu", copy=True) for owner in owners] if checked else None
@@ -189,11 +191,14 @@ class BackgroundCopy:
         self._error: BaseException | None = None
         self._begun = threading.Event()
         self._arrived = threading.Event()
+        self._claimed = threading.Lock()  # never given back: `run` or `withdraw` has it
         self._judging = threading.Lock()
         self._judged = False
 
     def run(self) -> None:
-        """Copy. On the copying thread; what goes wrong is kept for `wait`."""
+        """Copy, unless it was withdrawn. On the copying thread; what goes wrong is kept for `wait`."""
+        if not self._claimed.acquire(blocking=False):
+            return
         try:
             # Inference tensors could not be written to by the next save.
             with torch.inference_mode(False), torch.no_grad():
@@ -231,7 +236,7 @@ class BackgroundCopy:
             changed = self._find_changed()
             self._passed = True
             if self._arrived.is_set():
-                self._watched = Watched()
+                self._forget_watched()
             if changed:
                 self._error = self._error or SnapshotChangedError(changed)
                 raise SnapshotChangedError(changed)
@@ -266,8 +271,12 @@ class BackgroundCopy:
         if self._error is not None:
             raise self._error
 
-    def give_up(self, error: BaseException) -> None:
-        """Let nobody wait for what will not be run."""
+    def withdraw(self, error: BaseException) -> None:
+        """Let nobody wait for it, and never copy, unless it is being copied already. For any thread."""
+        if self._claimed.acquire(blocking=False):
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
         self._error = self._error or error
         self._end()
 
@@ -275,9 +284,13 @@ class BackgroundCopy:
         # The live tensors may be freed from now on.
         self._moves, self._host = (), SharedMoves(())
         if self._passed or not self._checked or self._error is not None:
-            self._watched = Watched()
+            self._forget_watched()
         self._begun.set()
         self._arrived.set()
+
+    def _forget_watched(self) -> None:
+        # What names them holds the snapshot, whose memory is to go where a larger one takes its place.
+        self._watched, self._place_of = Watched(), repr
 
     def _is_being_made(self) -> bool:
         # In a forked child it is not, and the memory to copy into is not there.
@@ -286,7 +299,7 @@ class BackgroundCopy:
     def _wait_for(self, event: threading.Event) -> None:
         while not event.wait(1.0):
             if not self._is_being_made() and not event.is_set():
-                self.give_up(RuntimeError("the thread that copies snapshots has died"))
+                self._give_up(RuntimeError("the thread that copies snapshots has died"))
 
     def _judge(self) -> None:
         """Look once whether a tensor was changed: before it may be, or when it is copied."""

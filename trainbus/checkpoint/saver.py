@@ -125,10 +125,12 @@ class Saver:
         try:
             with record_function("trainbus: snapshot"), collector.paused():
                 snapshot = self._take(collect(), tuple(optimizers), pending.times)
-        except Exception as error:
+        except BaseException as error:
             failure = CheckpointWriteError(pending.path, pending.global_step, error)
             failure.__cause__ = error
             self.writer.fail(pending, failure)
+            if not isinstance(error, Exception):  # Ctrl-C goes on, but later saves must not wait for this one
+                raise
             return
         finally:
             seconds = pending.times.copying = time.monotonic() - begun
@@ -175,7 +177,12 @@ class Saver:
         self._last_progress_elsewhere = last_progress
         admitted = self._admit(pending)
         begun = time.monotonic()
-        future = begin()
+        try:
+            future = begin()
+        except BaseException as error:
+            if admitted:
+                self.writer.fail(pending, error)
+            raise
         seconds = pending.times.copying = time.monotonic() - begun
         self.lost.copying += seconds
         if admitted:
@@ -227,16 +234,17 @@ class Saver:
     def _take(self, state: Any, optimizers: Sequence[Any], times: SaveTimes) -> Snapshot:
         owned = fence.owned_tensors(optimizers) if optimizers and self._may_overlap() else None
         snapshot = self._stager.take(state, owned)
-        if snapshot.copy is not None:
-            self._last_copy = snapshot.copy
-            if snapshot.waits:
-                fence.hold(snapshot.copy, functools.partial(self._charge, times))
+        copy = snapshot.copy
+        if copy is None:
+            return snapshot
         try:
+            self._last_copy = copy
+            if snapshot.waits:
+                fence.hold(copy, functools.partial(self._charge, times))
             self._stager.begin(snapshot)
         except BaseException as error:
-            # Nobody will run it, and steps would wait for it.
-            if snapshot.copy is not None:
-                snapshot.copy.give_up(error)
+            # Steps would wait for what nobody is going to run.
+            copy.withdraw(error)
             snapshot.release()
             raise
         return snapshot
@@ -255,9 +263,10 @@ class Saver:
 
 def _serialize(snapshot: Snapshot, stream: BinaryIO) -> None:
     assert snapshot.image is not None
+    if write_archive(snapshot.state, snapshot.image, cast(Stream, stream), snapshot.wait):
+        return
+    snapshot.wait()
+    # Set on this thread, because torch's options belong to one each. Other tools check these sums.
+    torch.serialization.set_crc32_options(True)
     with collector.paused():
-        if not write_archive(snapshot.state, snapshot.image, cast(Stream, stream), snapshot.wait):
-            snapshot.wait()
-            # Set on this thread, because torch's options belong to one each. Other tools check these sums.
-            torch.serialization.set_crc32_options(True)
-            torch.save(snapshot.state, stream)
+        torch.save(snapshot.state, stream)

@@ -255,7 +255,7 @@ class _SnapshotStager(AsyncStager):
         except BaseException as error:
             # Nobody will run it, and a release waits for it.
             if snapshot.copy is not None:
-                snapshot.copy.give_up(error)
+                snapshot.copy.withdraw(error)
             raise
         copies, others = snapshot.state
         entries: dict[str, Any] = {**flat.values, STRUCTURE: (flat.structure, others)}

@@ -32,6 +32,8 @@ class WarmUp:
 
     def begin(self, state: Any) -> None:
         """Plan a snapshot of such a *state*, and go on without waiting for its memory."""
+        # First: where no thread can be had, no snapshot must wait for it.
+        self._stager.thread.start()
         buffer = self._stager.buffer_for(state)
         if buffer is None:
             return
@@ -46,7 +48,6 @@ class WarmUp:
                 self._stager.give_back(buffer)
                 self._is_over.set()
 
-        self._stager.thread.start()
         self._stager.thread.call(touch)
 
     def end(self) -> None:

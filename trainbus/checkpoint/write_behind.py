@@ -64,8 +64,9 @@ class WriteBehind:
         return np.frombuffer(map_pages(self.chunk_bytes + mmap.PAGESIZE), dtype=np.uint8)
 
     def give_back(self, chunk: np.ndarray) -> None:
-        """Say that a chunk is not needed any more."""
-        self._free.append(chunk)
+        """Say that a chunk is not needed any more. May be said twice, before it is taken again."""
+        if not any(chunk is free for free in self._free):
+            self._free.append(chunk)
 
     def begin(self, disk: Disk, fd: int, data: memoryview, position: int) -> Callable[[], int]:
         """
