@@ -92,6 +92,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.snapshot_views": {
         "trainbus.checkpoint.kinds_kept",
         "trainbus.checkpoint.archive",
+        "trainbus.checkpoint.host_copy",
         "trainbus.checkpoint.page_locking",
         "trainbus.checkpoint.snapshot_plan",
         "trainbus.checkpoint.staging_memory",

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainbus.checkpoint import background_copy
+from trainbus.checkpoint import background_copy, host_copy
 from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove, SharedMoves, Watched
+from trainbus.checkpoint.host_copy import Places
 from trainbus.checkpoint.nesting import path_to
 from trainbus.errors import SnapshotChangedError
 
@@ -126,6 +127,26 @@ class TestHostMove:
         assert all(map(torch.equal, move.targets, move.sources))
         monkeypatch.setattr(background_copy, "_WORTH_SHARING", 3201)
         assert move.parts() == [move]
+
+    @pytest.mark.skipif(host_copy.copy_past_caches is None, reason="torch copies tensors, not addresses")
+    def test_places_are_believed(self, monkeypatch):
+        """
+        Where it is known where the tensors lie, none of them is asked, in parts either.
+        """
+        monkeypatch.setattr(background_copy, "_WORTH_SHARING", 1)
+        monkeypatch.setattr(host_copy, "_places_of", None)
+        sources = [torch.full((3,), float(number)) for number in range(40)]
+        targets = [torch.zeros(3) for _ in sources]
+        addresses = [np.array([one.data_ptr() for one in some], np.uint64) for some in (targets, sources)]
+        places = Places(*addresses, np.full(40, 12, np.uint64))
+
+        first, *rest = HostMove(targets, sources, places).parts()
+        first.begin()
+        assert [target.any().item() for target in targets[1:]] == [True, True] + [False] * 37
+        for part in rest:
+            part.begin()
+
+        assert all(map(torch.equal, targets, sources))
 
 
 class TestSharedMoves:

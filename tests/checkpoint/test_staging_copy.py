@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainbus.checkpoint import snapshot_plan, staging_copy
+from trainbus.checkpoint import host_copy, snapshot_plan, staging_copy
 from trainbus.checkpoint.kinds_kept import KINDS_KEPT
 from trainbus.checkpoint.snapshot_plan import SMALLEST_WAITING
 from trainbus.checkpoint.staging_copy import Snapshot, Stager, take_snapshot
@@ -289,6 +289,19 @@ class TestSharing:
         state = {str(n): torch.full((1000,), float(n)) for n in range(10)}
 
         assert len(saved(snapshot(state))) <= len(saved(state))
+
+
+class TestPlaces:
+    def test_are_known(self, monkeypatch):
+        """
+        No tensor is asked a second time where it lies, which would take thousands of calls.
+        """
+        monkeypatch.setattr(host_copy, "_places_of", None)
+        state = plain_tensors()
+
+        copied = snapshot(state)
+
+        assert all(same(copied[name], state[name]) for name in state)
 
 
 class TestContainers:

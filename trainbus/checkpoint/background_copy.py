@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from trainbus.checkpoint.host_copy import copy_all, uses_one_thread
+from trainbus.checkpoint.host_copy import Places, copy_all, uses_one_thread
 from trainbus.errors import SnapshotChangedError
 
 __all__ = ["BackgroundCopy", "HostMove", "Move", "SharedMoves", "Watched"]
@@ -38,23 +38,30 @@ class Move(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HostMove:
-    """From host memory: over as soon as it was begun."""
+    """
+    From host memory: over as soon as it was begun.
+
+    Attributes:
+        places: Where these tensors lie, if that is known; it must not change then.
+    """
 
     targets: list[torch.Tensor]
     sources: list[torch.Tensor]
+    places: Places | None = None
 
     def begin(self) -> None:
-        copy_all(self.targets, self.sources)
+        copy_all(self.targets, self.sources, self.places)
 
     def parts(self) -> list[HostMove]:
         """Return it in parts of which two threads can take turns; one part where that is not worth it."""
         if sum(map(attrgetter("nbytes"), self.targets)) < _WORTH_SHARING:
             return [self]
         count = -(-len(self.targets) // _PARTS)
-        return [
-            HostMove(self.targets[start : start + count], self.sources[start : start + count])
-            for start in range(0, len(self.targets), count)
-        ]
+        return [self._part(start, start + count) for start in range(0, len(self.targets), count)]
+
+    def _part(self, start: int, stop: int) -> HostMove:
+        places = self.places and self.places.part(start, stop)
+        return HostMove(self.targets[start:stop], self.sources[start:stop], places)
 
     def is_serial(self) -> bool:
         """Tell whether `begin` copies most of it on one thread, however many it may use."""

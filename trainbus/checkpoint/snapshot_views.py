@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from trainbus.checkpoint.archive import Image
+from trainbus.checkpoint.host_copy import Places
 from trainbus.checkpoint.kinds_kept import keep_kinds
 from trainbus.checkpoint.page_locking import pieces
 from trainbus.checkpoint.snapshot_plan import ByteRange, Layout, Section, SnapshotPlan
@@ -27,6 +29,8 @@ class Views:
         ranges: For each range, its bytes.
         spans: For each device, the bytes of all of its sections, which lie side by side.
         image: All of it, to write a file from.
+        numbers: Of each range, as columns of uint64: where it lies here, its bytes, its tensor's index,
+            and how many bytes that begins behind it.
     """
 
     plan: SnapshotPlan
@@ -35,6 +39,7 @@ class Views:
     ranges: list[torch.Tensor]
     spans: dict[torch.device, torch.Tensor]
     image: Image
+    numbers: np.ndarray
 
     def sources(self, section: Section, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return what is copied to the ranges of a section, out of the state's *tensors*."""
@@ -50,6 +55,12 @@ class Views:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return what the ranges of a section are copied into, and what is copied there."""
         return [self.targets[index] for index in section.ranges], self.sources(section, tensors)
+
+    def places(self, section: Section, addresses: Sequence[int | None]) -> Places:
+        """Return where `pairs` lie, if the state's tensors lie at *addresses*."""
+        to, sizes, tensors, leads = self.numbers[:, section.ranges.start : section.ranges.stop]
+        lie_at = np.array([address or 0 for address in addresses], dtype=np.uint64)
+        return Places(to, lie_at[tensors] - leads, sizes)
 
     def cut_pairs(
         self, section: Section, tensors: Sequence[torch.Tensor]
@@ -88,7 +99,17 @@ def _cut_up(buffer: StagingBuffer, plan: SnapshotPlan) -> Views:
     assert buffer.mapping is not None
     placed = [tensor for tensor in tensors if tensor is not None]
     image = Image(memoryview(buffer.mapping)[: plan.size], placed, len(plan.ranges))
-    return Views(plan, targets, tensors, ranges, _spans(buffer, plan), image)
+    return Views(plan, targets, tensors, ranges, _spans(buffer, plan), image, _numbers(plan, image.address))
+
+
+def _numbers(plan: SnapshotPlan, address: int) -> np.ndarray:
+    rows = [(address + part.position, part.size, part.tensor, _lead(plan, part)) for part in plan.ranges]
+    return np.array(rows, dtype=np.uint64).reshape(-1, 4).T.copy()
+
+
+def _lead(plan: SnapshotPlan, part: ByteRange) -> int:
+    layout = plan.layouts[part.tensor]
+    return 0 if layout is None else layout.offset * layout.dtype.itemsize
 
 
 def _spans(buffer: StagingBuffer, plan: SnapshotPlan) -> dict[torch.device, torch.Tensor]:

@@ -163,10 +163,10 @@ class Stager:
         with torch.inference_mode(False), torch.no_grad():
             addresses = addresses_of(tensors)
             waiting = _find_waiting(tensors, addresses, owners) if owners else {}
-            plan = self._plan_for(tensors, addresses, set(waiting))
-            buffer = self._memory.acquire(plan.size)
+            kind = self._kind_of(tensors, addresses, set(waiting))
+            buffer = self._memory.acquire(kind.plan.size)
             try:
-                return self._take_into(buffer, plan, state, tensors, waiting)
+                return self._take_into(buffer, kind, state, tensors, waiting)
             except BaseException:
                 self._memory.release(buffer)
                 raise
@@ -198,9 +198,9 @@ class Stager:
         """Plan a snapshot of *state* and take a buffer fit for it; None if all are taken. See `give_back`."""
         tensors = tensors_in(state)
         with torch.inference_mode(False), torch.no_grad():
-            plan = self._plan_for(tensors, addresses_of(tensors), set())
+            kind = self._kind_of(tensors, addresses_of(tensors), set())
         try:
-            return self._memory.acquire(plan.size)
+            return self._memory.acquire(kind.plan.size)
         except RuntimeError:
             return None
 
@@ -208,9 +208,9 @@ class Stager:
         """Let snapshots have what `buffer_for` returned. Any thread may call it."""
         self._memory.release(buffer)
 
-    def _plan_for(
+    def _kind_of(
         self, tensors: Sequence[torch.Tensor], addresses: list[int | None], waiting: set[int]
-    ) -> SnapshotPlan:
+    ) -> _Kind:
         prints = fingerprint(tensors, addresses)
         kind = next((one for one in self._kinds if one.prints == prints and one.waiting == waiting), None)
         if kind is None:
@@ -222,21 +222,22 @@ class Stager:
                     check_bounds(tensor)
             kind.addresses = addresses
         self._kinds = keep_kinds(kind, self._kinds)
-        return kind.plan
+        return kind
 
     def _take_into(
         self,
         buffer: StagingBuffer,
-        plan: SnapshotPlan,
+        kind: _Kind,
         state: Any,
         tensors: Sequence[torch.Tensor],
         waiting: Mapping[int, torch.Tensor],
     ) -> Snapshot:
+        plan = kind.plan
         views = views_of(buffer, plan)
         # Of what may wait the owner is held, not what ``state_dict()`` made of it: thousands of tensors that
         # end with the copy would be as many turns at the interpreter's lock, on a thread others wait for.
         held = [waiting.get(index, tensor) for index, tensor in enumerate(tensors)] if waiting else tensors
-        moves, late_ranges = self._move(plan, held, views, buffer)
+        moves, late_ranges = self._move(kind, held, views, buffer)
         copies = {
             id(tensor): _copy_parts(tensor) if view is None else view
             for tensor, view in zip(tensors, views.tensors, strict=True)
@@ -260,9 +261,10 @@ class Stager:
         return Snapshot(copied, views.image, self._memory, buffer, copy, waits=bool(watched), size=plan.size)
 
     def _move(
-        self, plan: SnapshotPlan, tensors: Sequence[torch.Tensor], views: Views, buffer: StagingBuffer
+        self, kind: _Kind, tensors: Sequence[torch.Tensor], views: Views, buffer: StagingBuffer
     ) -> tuple[list[Move], set[int | None]]:
         """Copy what must be copied at once; return the moves that are left and the ranges not yet read."""
+        plan = kind.plan
         later: list[Move] = []
         unread: set[int | None] = set()
         cuda = self._devices.cuda
@@ -277,26 +279,31 @@ class Stager:
             for section in sections:
                 if section.waits:
                     unread.update(section.ranges)
-                    later.append(self._move_later(section, tensors, views))
+                if cuda.serves(device):
+                    later += self._from_device(section, *views.cut_pairs(section, tensors), buffer)
                 else:
-                    self._move_now(section, tensors, views, buffer)
+                    places = views.places(section, kind.addresses)
+                    later += self._from_host(section, HostMove(*views.pairs(section, tensors), places))
         return later, unread
 
-    def _move_later(self, section: Section, tensors: Sequence[torch.Tensor], views: Views) -> Move:
-        if not self._devices.cuda.serves(section.device):
-            return HostMove(*views.pairs(section, tensors))
-        targets, sources = views.cut_pairs(section, tensors)
-        return self._devices.fetch_later(section.device, sources, targets)
+    def _from_host(self, section: Section, move: HostMove) -> list[Move]:
+        if section.waits:
+            return [move]
+        copy_together(move, self.thread)
+        return []
 
-    def _move_now(
-        self, section: Section, tensors: Sequence[torch.Tensor], views: Views, buffer: StagingBuffer
-    ) -> None:
-        if not self._devices.cuda.serves(section.device):
-            copy_together(HostMove(*views.pairs(section, tensors)), self.thread)
-        else:
-            lock(buffer, section.device, self._devices.cuda)
-            targets, sources = views.cut_pairs(section, tensors)
-            self._devices.fetch_now(section.device, sources, targets)
+    def _from_device(
+        self,
+        section: Section,
+        targets: list[torch.Tensor],
+        sources: list[torch.Tensor],
+        buffer: StagingBuffer,
+    ) -> list[Move]:
+        if section.waits:
+            return [self._devices.fetch_later(section.device, sources, targets)]
+        lock(buffer, section.device, self._devices.cuda)
+        self._devices.fetch_now(section.device, sources, targets)
+        return []
 
     def _wait_for_last_fetch(self) -> None:
         # Its place on the device is written to next, behind an event that its fetch records.
