@@ -67,10 +67,21 @@ class Handler(RunLoading):
             what something else than an optimizer changed; for trying out ``"overlap"``.
         on_write_error: ``"raise"`` a failed save at the next event, or ``"warn"`` only.
         write_timeout: Seconds in which the disk may take no byte of a file before the save counts as
-            failed; whoever waits for it goes on. So long ranks that have written their part of a
-            divided state wait for the others.
+            failed; whoever waits for it goes on. Ranks that have written their part of a divided
+            state wait as long for the others, and no less than *rank_timeout*.
         rank_timeout: Seconds that a rank waits for the others where they meet: as a handler is made, behind
             each batch and epoch, and in what is said to be collective.
+
+    Attributes:
+        model: What was given as *module*, wrappers included: for the forward pass.
+        module: The same without wrappers: whose ``state_dict()`` is saved.
+        scheduler, scaler, extra, config, bus: As given; *bus* is there in any case.
+        callbacks: Those added, by the key of their state in a file.
+        run_id: Of this process's run, 32 hex digits; stands in each manifest.
+        lineage: Ids of the runs that this one was resumed from, oldest first.
+        resumed: Whether progress was loaded.
+        stopped: Whether `stop` was called, ``stop_reason`` with what.
+        closed: Whether `close` was called; nothing can be saved then.
 
     Raises:
         TypeError: If a part has no state to save, or its state is not all on this rank.

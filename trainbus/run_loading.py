@@ -31,8 +31,9 @@ class RunLoading(RunSaving):
         Load a checkpoint into this run's objects; first finishes a pending save of that file.
 
         Every rank reads the file and takes its own random state and data position from it. What a file of
-        another number of ranks cannot say is told in the log. Collective where the module's parameters are
-        divided among ranks: each reads its part into them, in place.
+        another number of ranks cannot say is told in the log. Collective when more than one rank runs: saves
+        of them all are finished first. Of parameters that are divided among ranks each reads its part, in
+        place.
 
         Args:
             path: A file of this class, the folder of a sharded checkpoint, or a module's state dict saved

@@ -55,7 +55,7 @@ class RunSaving(RunPosition):
             full_state: As for `save_async`.
 
         Returns:
-            The file's manifest, on every rank; None on another than 0 that is not connected to it.
+            The file's manifest, on every rank; None on a rank other than 0 that has no process group.
 
         Raises:
             CheckpointWriteError: If the state could not be saved or the disk refused; on every rank.

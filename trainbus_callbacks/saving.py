@@ -32,9 +32,10 @@ class ModelCheckpoint(Callback):
     """
     Save at the end of epochs, or every so many batches; all, or only what is better than before.
 
-    Called last of the callbacks at an event (priority 100), on the training thread, so that the file
-    holds what the others did. It asks `handler.save_async` and goes on: only a copy of the state is
-    waited for. With several ranks all save together and rank 0 writes. Where a metric, the time or a
+    Called behind all that change the state at an event (priority 100), on the training thread, so that the
+    file holds what they did. It asks `handler.save_async` and goes on: only a copy of the state is waited
+    for, and an earlier save if ``max_pending`` are unfinished. With several ranks all save together: rank 0
+    writes, or each its part where the state is divided. Where a metric, the time or a
     predicate decides, rank 0 does, and tells the others in one message; counts of steps and epochs need none.
 
     Args:

@@ -83,7 +83,7 @@ def _options() -> argparse.Namespace:
     add("--folder", default=".", help="where to write; a temporary folder in it, removed at the end")
     add("--json", nargs="?", const="-", metavar="FILE", help="into a file, or instead of the table")
     add("--plot", metavar="FILE.png", help="timeline of the steps; with several workloads one file each")
-    add("--quick", action="store_true", help="a few minutes: 512 MiB, two rounds, ours and two others")
+    add("--quick", action="store_true", help="some ten minutes: 512 MiB, two rounds, ours and two others")
     add("--smoke", action="store_true", help="a few seconds, to see that it runs; its numbers say nothing")
     add("--no-limits", action="store_true", help="leave out the disk's limit, CRC, load and fork")
     options = parser.parse_args()

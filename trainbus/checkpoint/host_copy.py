@@ -48,8 +48,7 @@ def copy_all(
 
     Args:
         targets, sources: Contiguous CPU tensors, pair by pair of one dtype and size.
-        places: Where they lie, if that is known. Else each is asked, with the interpreter's lock: 0.3 ms
-            for 256 that no cache holds.
+        places: Where they lie, if that is known; else each of them is asked, with the interpreter's lock.
     """
     if copy_past_caches is None:
         # One call for all: a Python loop over small tensors would take far longer than their bytes.

@@ -55,8 +55,9 @@ class Manifest:
         monitor: The metric it was judged by, with ``mode`` and ``score``; all None without one.
         created: Seconds since 1970.
         config: The user's own JSON. Non-finite floats in it come back as strings.
-        durability: ``"full"``: synced file and folder.
-        interrupted: True when the run was cut off inside a step: not for resuming.
+        durability: ``"full"``: file and folder are synced; ``"file"``: where folders cannot be, the file.
+        interrupted: True when an exception ended the run amid a batch; `Handler.resume` passes such a file
+            over unless it is asked not to.
         versions: Version by package name.
     """
 

@@ -70,7 +70,7 @@ class StagingBuffer:
         """
         Have the system give the mapping its memory now, not when a snapshot is copied into it.
 
-        Takes up to a second a gigabyte, without the GIL; ends soon after *stop* is set.
+        Takes up to two seconds a gigabyte, without the GIL; ends soon after *stop* is set.
         """
         if self.mapping is None or self._is_warm:
             return
