@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trainbus import Handler
 from trainbus.testing import EventRecorder
-from trainbus_callbacks import ModelCheckpoint
+from trainbus_callbacks import Every, ModelCheckpoint
 
 
 def make(scheduler=None, **options):
@@ -165,6 +165,24 @@ class TestFit:
                 second.fit(train, val, epochs=2, loss_fn=mse_loss, accumulate=2)
 
             assert torch.equal(weights(second), weights(whole)), stop
+
+    @pytest.mark.parametrize("batch", [3, 4, 5])
+    @pytest.mark.parametrize("validates", [True, False])
+    def test_stop_near_the_end_of_an_epoch(self, tmp_path, batch, validates):
+        """The step with the rest of an epoch is made after a stop too, and the next run goes on behind it."""
+        results = []
+        for stops in (False, True):
+            folder = tmp_path / str(stops)
+            for _ in range(2):
+                handler, train, val = make()
+                with handler:
+                    handler.add_callback(ModelCheckpoint(folder / "a.pt", save_freq=Every(steps=1)))
+                    if handler.resume(folder) is None and stops:
+                        handler.on("train_batch_end", handler.stop, after=batch - 1, once=True)
+                    handler.fit(train, val if validates else None, epochs=2, loss_fn=mse_loss, accumulate=3)
+            results.append(weights(handler))
+
+        assert torch.equal(*results)
 
     @pytest.mark.usefixtures("unconfigured_logging")
     def test_prints_what_happens_to_checkpoints(self, tmp_path, capsys):

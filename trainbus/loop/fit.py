@@ -143,7 +143,7 @@ class _Plan:
                 self._optimizer_step()
                 waiting = 0
             handler.log(**metrics)
-        if waiting and not handler.stopped:
+        if waiting:  # also after a stop: no checkpoint holds gradients
             self._optimizer_step()
 
     @torch.no_grad()
