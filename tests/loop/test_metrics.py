@@ -58,6 +58,17 @@ class TestRunningMean:
         assert mean.value() == 1.0
         assert mean.total.dtype == torch.float64
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8])
+    def test_small_precision_weights(self, dtype):
+        """Weights add up exactly whatever their type, and so does what they are multiplied with."""
+        mean = RunningMean()
+        for _ in range(1000):
+            mean.add(torch.tensor(200, dtype=dtype), torch.tensor(200, dtype=dtype))
+            mean.add(0.0, torch.tensor(200, dtype=dtype))
+
+        assert mean.value() == 100.0
+        assert float(mean.weight) == 400_000.0
+
     def test_survives_inference_mode(self):
         """A sum begun under inference_mode goes on outside of it."""
         mean = RunningMean()

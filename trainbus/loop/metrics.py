@@ -34,16 +34,19 @@ class RunningMean:
 
     def add(self, value: float | torch.Tensor, weight: float | torch.Tensor) -> None:
         """Add one value; both are numbers or 0-dim tensors (any device, dtype). Never waits for a device."""
-        self.weight = self.weight + weight
         if isinstance(weight, torch.Tensor):
-            value, weight = value * weight, 1.0
+            weight = _wide(weight)  # sums of bfloat16 stand still at 256
+            self.weight = self.weight + weight
+            value, weight = (_wide(value) if isinstance(value, torch.Tensor) else value) * weight, 1.0
+        else:
+            self.weight = self.weight + weight
         if not isinstance(value, torch.Tensor):
             self.total = self.total + value * weight
         elif isinstance(self.total, torch.Tensor) and self.total.device == value.device:
             # Out of place: a sum begun under inference_mode may not be changed outside of it.
             self.total = torch.add(self.total, value, alpha=weight)
         else:
-            wide = value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+            wide = _wide(value)
             sum_so_far = self.total.to(wide.device) if isinstance(self.total, torch.Tensor) else self.total
             self.total = wide * weight + sum_so_far
 
@@ -236,6 +239,10 @@ class Metrics:
         self._means = {name: RunningMean(*pair) for name, pair in state.get("means", {}).items()}
         self._validated = {name: RunningMean(*pair) for name, pair in state.get("validated", {}).items()}
         self._given = dict(state.get("given", {}))
+
+
+def _wide(scalar: torch.Tensor) -> torch.Tensor:
+    return scalar.to(torch.float32 if scalar.device.type == "mps" else torch.float64)
 
 
 def validation_name(name: str) -> str:
