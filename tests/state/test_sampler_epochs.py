@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
@@ -62,6 +65,20 @@ class TestTell:
         epochs.tell(Loader, 1)
         epochs.tell(Loader, 2)
         assert told == [1, 2]
+
+    def test_lets_go(self):
+        """Samplers of earlier epochs, and the data they hold, are freed; one that is still used is known."""
+        epochs, kept, refers = SamplerEpochs(), sampler(), []
+        for epoch in range(3):
+            one = sampler()
+            refers.append(weakref.ref(one))
+            for loader in (DataLoader(range(8), sampler=one), DataLoader(range(8), sampler=kept)):
+                epochs.tell(loader, epoch)
+            assert one.epoch == kept.epoch == epoch
+            del one, loader
+            gc.collect()
+
+        assert [refer() for refer in refers] == [None] * 3
 
     def test_others(self):
         """Loaders without such a sampler are left alone."""

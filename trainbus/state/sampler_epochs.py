@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["SamplerEpochs"]
@@ -11,7 +13,8 @@ class SamplerEpochs:
     """Tells the samplers of training loaders the epoch, unless the script does. Training thread."""
 
     def __init__(self) -> None:
-        self._told: list[tuple[Any, int]] = []  # samplers may be unhashable
+        # Samplers may be unhashable, and hold the data.
+        self._told: list[tuple[Callable[[], Any], int]] = []
 
     def tell(self, loader: Any, epoch: int) -> None:
         """
@@ -25,10 +28,22 @@ class SamplerEpochs:
             epoch: 0-based; the same on all ranks, and after a resume that of the run that was killed.
         """
         for sampler in _samplers(loader):
-            told = next((number for one, number in self._told if one is sampler), 0)
+            told = next((number for refer, number in self._told if refer() is sampler), 0)
             if getattr(sampler, "epoch", told) == told:
                 sampler.set_epoch(epoch)
-                self._told = [pair for pair in self._told if pair[0] is not sampler] + [(sampler, epoch)]
+                others = [(refer, number) for refer, number in self._told if _is_another(refer(), sampler)]
+                self._told = [*others, (_reference(sampler), epoch)]
+
+
+def _reference(sampler: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(sampler)
+    except TypeError:  # of a class with slots
+        return lambda: sampler
+
+
+def _is_another(one: Any, sampler: Any) -> bool:
+    return one is not None and one is not sampler
 
 
 def _samplers(loader: Any) -> list[Any]:
