@@ -65,6 +65,7 @@ class RunLoading(RunSaving):
             self._unclaimed = {key: state for key, state in states.items() if key not in self.callbacks}
         own = own_part(loaded, path)
         if "progress" in loaded.wanted:
+            self._saves.skip_postponed(f"{os.fspath(path)!r} was loaded before the next optimizer step")
             self._loop.reset()
         self._moments.restore(own.state, own.wanted)
         if "progress" in loaded.wanted:

@@ -193,15 +193,20 @@ class SaveRequests:
 
     def take_postponed(self) -> None:
         """Take the saves that waited for an optimizer step."""
-        postponed, self._postponed = self._postponed, []
-        for accepted in postponed:
-            self._take(accepted)
+        while self._postponed:
+            accepted = self._postponed.pop(0)
+            try:
+                self._take(accepted)
+            except BaseException as error:
+                # Ctrl-C while it waits for room: nobody else would finish what its asker may wait for.
+                if not accepted.pending.done():
+                    self._skip(accepted, f"{type(error).__name__} came while it was taken")
+                raise
 
     def skip_postponed(self, reason: str) -> None:
         """Give up the saves that waited for an optimizer step that will not come."""
-        postponed, self._postponed = self._postponed, []
-        for accepted in postponed:
-            self._skip(accepted, reason)
+        while self._postponed:
+            self._skip(self._postponed.pop(0), reason)
 
     def _skip(self, accepted: _Accepted, reason: str) -> None:
         pending = accepted.pending
@@ -238,10 +243,11 @@ class SaveRequests:
 
     def _write(self, accepted: _Accepted, state: Callable[[], Any]) -> None:
         pending, request = accepted.pending, accepted.request
+        collect, manifest = self._described(accepted, state)
         self._saver.save(
             pending,
-            state,
-            self._with_metrics(self._describe(accepted), accepted),
+            collect,
+            manifest,
             removals=request.removals,
             find_removals=self._retention(pending, request.keep),
             optimizers=self._moments.optimizers_before_step,
@@ -251,16 +257,14 @@ class SaveRequests:
         self, accepted: _Accepted, given: list[dict[str, Any]] | None, divided: DividedSaves
     ) -> None:
         pending, request, is_first = accepted.pending, accepted.request, self._handler.rank == 0
-        described: list[Manifest] = []
 
-        def collect() -> Any:
-            # In here nothing is raised on one rank alone.
-            if is_first:
-                described.append(self._describe(accepted))
+        def state() -> Any:
             return to_plain(self._collect(accepted.weights_only, given), divided=True)
 
+        collect, manifest = self._described(accepted, state)
+
         def begin() -> Future[Manifest]:
-            return divided.save(accepted.path, collect, lambda: self._with_metrics(described[0], accepted)())
+            return divided.save(accepted.path, collect if is_first else state, manifest)
 
         if is_first:
             self._saver.follow(
@@ -287,13 +291,22 @@ class SaveRequests:
             collected[rank_parts.KEY] = rank_parts.together(given, ranks.world_size())
         return collected
 
-    def _with_metrics(self, manifest: Manifest, accepted: _Accepted) -> Callable[[], Manifest]:
-        def with_metrics() -> Manifest:
-            # On the writer thread: the training one must not wait for a device to compute them.
-            accepted.pending.logs = accepted.metrics.read()
-            return replace(manifest, logs=dict(accepted.pending.logs))
+    def _described(
+        self, accepted: _Accepted, state: Callable[[], Any]
+    ) -> tuple[Callable[[], Any], Callable[[], Manifest]]:
+        """Return what gives the state, and what says afterwards of which moment it is; either may fail."""
+        described: list[Manifest] = []
 
-        return with_metrics
+        def collect() -> Any:
+            described.append(self._describe(accepted))
+            return state()
+
+        def manifest() -> Manifest:
+            # On the writer thread: the training one must not wait for a device to compute the metrics.
+            accepted.pending.logs = accepted.metrics.read()
+            return replace(described[0], logs=dict(accepted.pending.logs))
+
+        return collect, manifest
 
     def _describe(self, accepted: _Accepted) -> Manifest:
         handler, pending, request = self._handler, accepted.pending, accepted.request
@@ -337,9 +350,7 @@ class SaveRequests:
     def _next_sequence(self, path: str) -> int:
         folder = os.path.dirname(os.path.abspath(path))
         if folder not in self._counted_folders:
+            self._sequence = max(self._sequence, CheckpointFolder(folder).greatest_sequence())
             self._counted_folders.add(folder)
-            # Where a file is in the folder's place nothing can be written, as the writer will tell.
-            with contextlib.suppress(NotADirectoryError):
-                self._sequence = max(self._sequence, CheckpointFolder(folder).greatest_sequence())
         self._sequence += 1
         return self._sequence
