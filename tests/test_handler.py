@@ -244,6 +244,20 @@ class TestSave:
                     handler.optimizer.step()
                     assert not handler.accumulating
 
+    @pytest.mark.parametrize(
+        "options", [{"max_pending": 0}, {"snapshot": "later"}, {"on_write_error": "?"}, {"extra": {"a": 1}}]
+    )
+    def test_refused_arguments_leave_nothing_behind(self, options):
+        """A handler that was not made is neither on its bus nor on its optimizer."""
+        bus, optimizer = trainbus.EventBus(), torch.optim.SGD(nn.Linear(1, 1).parameters())
+        with pytest.raises((ValueError, TypeError)):
+            Handler(nn.Linear(1, 1), optimizer, bus=bus, **options)
+        assert bus.handler is None and not optimizer._optimizer_step_pre_hooks
+        bus.emit("train_begin")
+
+        with make(bus=bus) as handler:
+            assert bus.handler is handler
+
     def test_config_must_be_json(self):
         """A config that cannot go into the manifest is refused when the handler is made."""
         with pytest.raises(TypeError, match=r"Cannot write config.*into a manifest.*It takes"):
@@ -820,6 +834,18 @@ class TestLeaving:
 
         assert recorder.names == ["train_begin", "epoch_begin", "exception", "train_end"]
         assert recorder.of("exception")[0]["error"] is error
+
+    def test_receiver_of_an_exception_may_log(self):
+        """After an exception amid a validation a metric belongs to the epoch: its batch is lost."""
+        error = ValueError("lost")
+        with pytest.raises(ValueError, match="lost") as caught, make() as handler:
+            handler.on("exception", lambda: handler.log(ended_by=1.0))
+            for _ in handler.epochs(1):
+                for _ in handler.val_batches(range(2)):
+                    raise error
+
+        assert not getattr(caught.value, "__notes__", [])
+        assert handler.collect(weights_only=False)["progress"]["metrics"]["given"] == {"ended_by": 1.0}
 
     def test_return_from_the_body(self):
         """A return from the middle ends the training properly."""

@@ -128,10 +128,11 @@ class Handler(RunLoading):
         self.run_id = uuid.uuid4().hex
         self.lineage: tuple[str, ...] = ()
         self._moments = Moments(self)
-        self.optimizer = optimizer
+        self._optimizer = optimizer
         self._loop = Loop(self, self._moments)
         check_parts(self._parts())
-        self.bus = self._take_bus(bus if bus is not None else EventBus())
+        self.bus = bus if bus is not None else EventBus()
+        self._close_earlier()
         ranks.join(rank_timeout)
         self._divided = self._join_divided(
             max_pending=max_pending,
@@ -152,6 +153,9 @@ class Handler(RunLoading):
             is_busy=self._moments.progress.is_stepping,
         )
         self._saves = SaveRequests(self, self._moments, self._saver, self._agreement, self._divided)
+        # Last, because all before may refuse: no half-made handler stays on the bus and the optimizer.
+        self.bus.handler = self
+        self._moments.watch(optimizer)
         self._reports = SaveReports(self.bus, raises=on_write_error == "raise")
         self._undo = [
             self.bus.on("train_begin", self._begin, priority=-math.inf).cancel,
@@ -357,13 +361,11 @@ class Handler(RunLoading):
             self.module, self.optimizer, self.scheduler, self.scaler, self.extra, dict(self.callbacks)
         )
 
-    def _take_bus(self, bus: EventBus) -> EventBus:
-        other = bus.handler
+    def _close_earlier(self) -> None:
+        other = self.bus.handler
         if isinstance(other, Handler) and not other.closed:
             logger.warning("The bus is now used by a new handler; the earlier one is closed.")
             other.close()
-        bus.handler = self
-        return bus
 
     def _begin(self) -> None:
         self.check()

@@ -251,6 +251,7 @@ class Moments:
     def drop_validation(self) -> None:
         """Forget a validation that was cut short; saves go on holding the state before it."""
         self._validating = False
+        self._val_batch = self._val_data = None
         self.metrics.drop_validation(self._training_logs)
 
     def open_val_batch(self, batch: int = 0, data: Any = None, **payload: Any) -> None:
