@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -160,6 +161,34 @@ class TestTemplateLock:
             TemplateLock(str(tmp_path), "a.pt").release()
 
         assert "has no locks" in caplog.text
+
+    def test_full_disk(self, tmp_path, monkeypatch):
+        """Where there is no room for a word about the holder, it holds the lock all the same."""
+
+        def pwrite(fd, data, position):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as full:
+            full.setattr(os, "pwrite", pwrite)
+            lock = TemplateLock(str(tmp_path), "a.pt")
+        with pytest.raises(CheckpointLockedError, match="another process does"):
+            TemplateLock(str(tmp_path), "a.pt")
+        lock.release()
+
+        TemplateLock(str(tmp_path), "a.pt").release()
+
+    @pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), KeyboardInterrupt()])
+    def test_may_be_tried_again(self, tmp_path, monkeypatch, error):
+        """An attempt that fails halfway holds nothing, so that this process does not keep itself out."""
+        with monkeypatch.context() as failing, pytest.raises(type(error)):
+
+            def stat(*args, **options):
+                raise error
+
+            failing.setattr(os, "stat", stat)
+            TemplateLock(str(tmp_path), "a.pt")
+
+        TemplateLock(str(tmp_path), "a.pt").release()
 
     def test_leaves_no_descriptor(self, tmp_path):
         """Whatever comes of it, the folder and the file are closed again."""

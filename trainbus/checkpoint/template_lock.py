@@ -54,9 +54,9 @@ class TemplateLock:
     def _take(self, folder: int, name: str, template: str) -> int | None:
         for _ in range(_TRIES):
             fd = self._disk.open(folder, name, create=True)
+            is_mine = False
             try:
                 if not self._disk.lock(fd):
-                    os.close(fd)
                     _log.warning(
                         "The file system of %r has no locks: a second run that saves under %r would not "
                         "be noticed.",
@@ -64,15 +64,16 @@ class TemplateLock:
                         template,
                     )
                     return None
+                # Else whoever held it has just let go of it and removed the file.
                 if _is_still_there(fd, folder, name):
                     _describe_holder(fd)
+                    is_mine = True
                     return fd
             except BlockingIOError:
-                holder = _read_holder(fd)
-                os.close(fd)
-                raise CheckpointLockedError(self.path, template, holder) from None
-            # Whoever held it has just let go of it and removed the file.
-            os.close(fd)
+                raise CheckpointLockedError(self.path, template, _read_holder(fd)) from None
+            finally:
+                if not is_mine:
+                    os.close(fd)  # or this process would keep itself out
         raise CheckpointLockedError(self.path, template, "another process")
 
     def release(self) -> None:
@@ -110,8 +111,10 @@ def _is_still_there(fd: int, folder: int, name: str) -> bool:
 
 def _describe_holder(fd: int) -> None:
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, json.dumps(holder).encode(), 0)
+    # It is for a message alone, and the lock holds without it, on a full disk too.
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(holder).encode(), 0)
 
 
 def _read_holder(fd: int) -> str:
