@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shutil
 import threading
 
 import pytest
@@ -67,6 +68,22 @@ class TestFiles:
             run(tmp_path, [0.5, 0.4, 0.3], keep=KeepLast(1), before=look)
 
         assert sorted(os.listdir(tmp_path)) == ["3.pt"]
+
+    @pytest.mark.parametrize("keep", [KeepLast(1), KeepBest(1)])
+    def test_links_and_copies_are_left_alone(self, tmp_path, keep):
+        """What somebody has linked or copied stays, and keeps none of the real files from staying."""
+
+        def look(handler, epoch):
+            if epoch == 2:
+                handler.flush()
+                os.link(tmp_path / "1.pt", tmp_path / "0 hard.pt")
+                for name in ("0 best.pt", "best.pt"):  # before and behind the file in order of names
+                    (tmp_path / name).symlink_to("1.pt")
+                shutil.copy(tmp_path / "1.pt", tmp_path / "0 copy.pt")
+
+        names = run(tmp_path, [0.1, 0.5, 0.4, 0.3], keep=keep, before=look)
+
+        assert names == ["0 best.pt", "0 copy.pt", "0 hard.pt", "1.pt", "4.pt", "best.pt"]
 
     def test_failed_save_costs_no_file(self, tmp_path):
         """Where new files could not be written, those before stay, however many saves were asked for."""

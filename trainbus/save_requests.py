@@ -50,6 +50,7 @@ class SaveRequest:
         monitor, mode, score: By what the asker judges its files, and this one's value.
         removals: Files to remove once this one is durable.
         keep: Which files of *stream* and this run stay then; None: all.
+        keep_among: Tells by its name whether *keep* speaks of a file; None: of each.
         interrupted: Taken amid a batch that an exception ended.
         full_state: Written as one file, also where the state is divided among ranks.
     """
@@ -63,6 +64,7 @@ class SaveRequest:
     keep: Retention | None = None
     interrupted: bool = False
     full_state: bool = False
+    keep_among: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ class SaveRequests:
             collect,
             manifest,
             removals=request.removals,
-            find_removals=self._retention(pending, request.keep),
+            find_removals=self._retention(pending, request),
             optimizers=self._moments.optimizers_before_step,
         )
 
@@ -272,7 +274,7 @@ class SaveRequests:
                 begin,
                 lambda: divided.last_progress,
                 removals=request.removals,
-                find_removals=self._retention(pending, request.keep),
+                find_removals=self._retention(pending, request),
             )
         else:
             begin()
@@ -329,8 +331,9 @@ class SaveRequests:
             versions=versions(),
         )
 
-    def _retention(self, pending: PendingSave, keep: Retention | None) -> Callable[[], Sequence[str]]:
+    def _retention(self, pending: PendingSave, request: SaveRequest) -> Callable[[], Sequence[str]]:
         """Return what looks, once *pending* is durable, for files that need not stay any more."""
+        keep, among = request.keep, request.keep_among or (lambda name: True)
         if keep is None:
             return tuple
         folder = os.path.dirname(os.path.abspath(pending.path or ""))
@@ -341,7 +344,9 @@ class SaveRequests:
             mine = [
                 file
                 for file in CheckpointFolder(folder)
-                if file.manifest.stream == pending.stream and file.manifest.run_id in runs
+                if file.manifest.stream == pending.stream
+                and file.manifest.run_id in runs
+                and among(os.path.basename(file.path))
             ]
             return superfluous(mine, keep)
 

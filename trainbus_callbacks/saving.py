@@ -66,7 +66,7 @@ class ModelCheckpoint(Callback):
         keep:
             Which of this callback's files stay once a new one is durable: `KeepLast(3)`, `KeepBest(2)`,
             `KeepEvery(epochs=10)`, or several with ``|``; by default all. The best file and the
-            newest always stay.
+            newest always stay, and what *filepath* does not name: copies and links.
 
         name: What the state is saved under; by default `state_key` is made of the arguments.
 
@@ -330,6 +330,7 @@ class ModelCheckpoint(Callback):
                 mode=self._judged_by,
                 score=choice.score,
                 keep=self.keep,
+                keep_among=self._template.matches,
                 full_state=self.full_state,
             )
         except BaseException:

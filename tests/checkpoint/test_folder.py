@@ -113,6 +113,16 @@ class TestIteration:
 
 
 class TestLatest:
+    def test_links(self, tmp_path, write):
+        """A link to a checkpoint is listed as what it is; files from elsewhere can be resumed from by one."""
+        write(tmp_path / "elsewhere" / "a.pt", {}, sequence=1)
+        (tmp_path / "link.pt").symlink_to(tmp_path / "elsewhere" / "a.pt")
+        (tmp_path / "gone.pt").symlink_to("nothing.pt")
+        [file] = CheckpointFolder(tmp_path)
+
+        assert file.is_link and file == CheckpointFolder(tmp_path).latest()
+        assert not next(iter(CheckpointFolder(tmp_path / "elsewhere"))).is_link
+
     def test_only_states(self, tmp_path, write):
         """
         Only a whole state that was not cut off can be resumed from.

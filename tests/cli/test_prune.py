@@ -126,6 +126,15 @@ class TestRules:
 
         assert names(tmp_path) == before
 
+    def test_links(self, tmp_path):
+        """Links neither count nor go, and what they lead to is judged by itself."""
+        write(tmp_path, [0.1, 0.2, 0.3])
+        for name, target in (("a.pt", "m0.pt"), ("latest.pt", "m2.pt"), ("z.pt", "m2.pt")):
+            (tmp_path / name).symlink_to(target)
+        prune(tmp_path, "--keep-last", 1, "--keep-best", "val_loss:1")
+
+        assert names(tmp_path) == ["a.pt", "latest.pt", "m0.pt", "m2.pt", "z.pt"]
+
     def test_json(self, tmp_path):
         """With --json each removed file is an object with its size."""
         write(tmp_path, [0.1, 0.2], monitor=None)

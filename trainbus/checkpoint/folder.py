@@ -28,11 +28,13 @@ class CheckpointFile:
     Attributes:
         path: A file, or the folder of a sharded checkpoint.
         is_sharded: Whether it is such a folder.
+        is_link: Whether *path* is a link to it, wherever it is itself.
     """
 
     path: str
     manifest: Manifest
     is_sharded: bool = False
+    is_link: bool = False
 
     @property
     def is_resumable(self) -> bool:
@@ -81,10 +83,10 @@ class CheckpointFolder:
 
     def __iter__(self) -> Iterator[CheckpointFile]:
         files = []
-        for path, sharded in self._candidates():
-            manifest = self._read(path, sharded)
+        for entry, sharded in self._candidates():
+            manifest = self._read(entry.path, sharded)
             if manifest is not None:
-                files.append(CheckpointFile(path, manifest, sharded))
+                files.append(CheckpointFile(entry.path, manifest, sharded, entry.is_symlink()))
         files.sort(key=lambda file: (file.manifest.sequence, file.manifest.created, file.path))
         return iter(files)
 
@@ -106,16 +108,14 @@ class CheckpointFolder:
         """Return the greatest ``sequence`` of any checkpoint here, 0 if there is none."""
         return max((file.manifest.sequence for file in self), default=0)
 
-    def _candidates(self) -> list[tuple[str, bool]]:
+    def _candidates(self) -> list[tuple[os.DirEntry[str], bool]]:
         try:
             with os.scandir(self.path) as entries:
                 visible = [entry for entry in entries if not entry.name.startswith(".")]
         except FileNotFoundError:
             return []
-        files = [(entry.path, False) for entry in visible if _is_file(entry)]
-        return files + [
-            (entry.path, True) for entry in visible if not _is_file(entry) and is_sharded(entry.path)
-        ]
+        files = [(entry, False) for entry in visible if _is_file(entry)]
+        return files + [(entry, True) for entry in visible if not _is_file(entry) and is_sharded(entry.path)]
 
     def _read(self, path: str, sharded: bool) -> Manifest | None:
         try:

@@ -46,7 +46,7 @@ def run(
 
     The rules hold for each stream (who asked for the saves) of each run and those it continues by
     itself, as `ModelCheckpoint` applies them. Of each its newest file and the best by what it was judged
-    by always stay. Damaged files, interrupted ones and those that are no run's are left alone.
+    by always stay. Damaged files, interrupted ones, those that are no run's, and links are left alone.
 
     Args:
         folder: Where they are.
