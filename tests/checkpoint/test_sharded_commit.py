@@ -7,8 +7,9 @@ import math
 import os
 
 import pytest
+import torch
 
-from trainbus.checkpoint.commit import remove
+from trainbus.checkpoint.commit import commit, remove
 from trainbus.checkpoint.disk import Disk
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_commit import PendingFolder, Written, write_file
@@ -61,6 +62,48 @@ ORDER = [
     *("enter_folder", *WRITE, *WRITE, "fsync_folder", "close"),
     *("enter_folder", "names", "close", "exchange", "fsync_folder"),
 ]
+
+
+def save_file(path, step, disk):
+    """Write a plain checkpoint that says of which step it is."""
+    manifest = Manifest(contents="state", global_step=step)
+    return commit(path, manifest, lambda stream: torch.save({}, stream), disk=disk)
+
+
+class TestPlainFile:
+    """A plain file that takes the name of a sharded checkpoint."""
+
+    @pytest.mark.parametrize("persistent", [False, True])
+    def test_disk_fails_at_each_call(self, tmp_path, persistent):
+        """Whichever call fails, the old checkpoint or the new one is whole under its name; no rest stays."""
+        leaving = {"unlink", "remove_folder", "close"} if persistent else set()
+        calls = [name for name in CALLS if name not in leaving]
+        number, failed = 0, 1
+        while failed:
+            number += 1
+            (tmp_path / "a").unlink(missing_ok=True)
+            save(tmp_path / "a", 0)
+            disk = FaultyDisk(errno.EIO, calls=calls, at=number, times=math.inf if persistent else 1)
+            try:
+                save_file(tmp_path / "a", number, disk)
+            except OSError as error:
+                assert error.errno == errno.EIO
+                assert step_of(tmp_path / "a") == (number if isinstance(error, UnsyncedNameError) else 0)
+                save_file(tmp_path / "a", number, Disk())
+            failed = disk.failed
+            assert step_of(tmp_path / "a") == number
+            sweep(str(tmp_path), Disk())
+            assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").is_file()
+        assert number > 15
+
+    def test_foreign_folder_stays(self, tmp_path):
+        """A folder with anything else in it is refused, and nothing of it is touched."""
+        save(tmp_path / "a", 0)
+        (tmp_path / "a" / "thesis.tex").write_text("dear")
+        with pytest.raises(FileExistsError, match=r"'thesis\.tex' is in it. Give the checkpoint a name"):
+            save_file(tmp_path / "a", 1, Disk())
+
+        assert step_of(tmp_path / "a") == 0 and os.listdir(tmp_path) == ["a"]
 
 
 class TestCommit:

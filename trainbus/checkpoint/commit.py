@@ -13,9 +13,9 @@ from typing import BinaryIO, cast
 from trainbus.checkpoint.disk import Disk, disk_in_use
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.output_stream import OutputStream
-from trainbus.checkpoint.sharded_commit import remove_sharded
+from trainbus.checkpoint.sharded_commit import put_in_place_of_folder, remove_sharded
 from trainbus.checkpoint.sharded_format import is_sharded
-from trainbus.checkpoint.temporary import create_temporary
+from trainbus.checkpoint.temporary import create_temporary, discard
 from trainbus.checkpoint.write_behind import CHUNK_BYTES, WriteBehind
 from trainbus.errors import UnsyncedNameError
 
@@ -38,7 +38,8 @@ def commit(
 
     Temporary sibling, write, sync, rename, sync of the folder: at each moment, also after
     a power cut, the old file or the new one stands under *path*, whole. Missing folders
-    are made. A link at *path* is replaced, never followed.
+    are made. A link at *path* is replaced, never followed. A sharded checkpoint there is replaced too; a
+    crash between two calls leaves it as ``NAME.….trainbus.old``, which is read like any other.
 
     Args:
         path: Where to; ``~`` is understood.
@@ -55,6 +56,7 @@ def commit(
     Raises:
         UnsyncedNameError: Only the last step failed: the new file is there and whole, but a
             power cut may bring the old one back.
+        FileExistsError: There is a folder at *path* that is no checkpoint.
         OSError: The first thing the disk refused. The old file is untouched and nothing
             temporary is left.
     """
@@ -65,11 +67,15 @@ def commit(
         manifest = replace(manifest, durability=durability_of(disk, folder, folder_path))
         with create_temporary(disk, folder, name) as (temporary, fd):
             final = _write(disk, fd, manifest, serialize, behind or WriteBehind(most=0), at_least)
-            disk.rename(folder, temporary, name)
+            replaced = _put_in_place(disk, folder, temporary, name)
         try:
             disk.fsync_folder(folder)
         except OSError as error:
             raise UnsyncedNameError(error.errno, error.strerror or str(error)) from error
+        if replaced is not None:
+            # Not worth failing for: the next sweep removes it.
+            with contextlib.suppress(OSError):
+                discard(disk, folder, replaced)
     finally:
         _close_quietly(disk, folder)
     return final
@@ -98,6 +104,15 @@ def remove(path: str | os.PathLike[str], *, disk: Disk | None = None) -> None:
         pass
     finally:
         _close_quietly(disk, folder)
+
+
+def _put_in_place(disk: Disk, folder: int, temporary: str, name: str) -> str | None:
+    """Give the file its final *name*; return where a sharded checkpoint that was there stands then."""
+    try:
+        disk.rename(folder, temporary, name)
+    except IsADirectoryError:
+        return put_in_place_of_folder(disk, folder, temporary, name)
+    return None
 
 
 def _write(

@@ -18,7 +18,7 @@ from trainbus.checkpoint.temporary import create_temporary_folder, discard, repl
 from trainbus.checkpoint.write_behind import WriteBehind
 from trainbus.errors import UnsyncedNameError
 
-__all__ = ["PendingFolder", "Written", "remove_sharded", "write_file"]
+__all__ = ["PendingFolder", "Written", "put_in_place_of_folder", "remove_sharded", "write_file"]
 
 _OURS = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(DIGESTS)}|{re.escape(METADATA)}|__\d+_\d+\.distcp")
 
@@ -156,15 +156,30 @@ def _put_in_place(disk: Disk, folder: int, new: str, name: str) -> str | None:
     try:
         if disk.exchange(folder, new, name):
             return None  # the old one has the hidden name now
+        return _move_aside(disk, folder, new, name)
     except FileNotFoundError:
         disk.rename(folder, new, name)
         return None
+
+
+def put_in_place_of_folder(disk: Disk, folder: int, new: str, name: str) -> str:
+    """
+    Give the file *new* the *name* of a sharded checkpoint; return under which one that stands then.
+
+    A crash between two calls leaves it there, where it is read like any other.
+
+    Raises:
+        FileExistsError: The folder is no checkpoint.
+        OSError: The disk refused, and the old one stands as before.
+    """
+    _refuse_foreign(disk, folder, name)
+    return _move_aside(disk, folder, new, name)
+
+
+def _move_aside(disk: Disk, folder: int, new: str, name: str) -> str:
+    """Give *new* the *name* of what is there; return under which visible name that one stands then."""
     old = replaced_name(name)
-    try:
-        disk.rename(folder, name, old)
-    except FileNotFoundError:
-        disk.rename(folder, new, name)
-        return None
+    disk.rename(folder, name, old)
     try:
         disk.rename(folder, new, name)
     except OSError:
