@@ -14,9 +14,15 @@ __all__ = ["SignalFlag"]
 _log = logging.getLogger("trainbus")
 
 
+_listening: dict[signal.Signals, list[SignalFlag]] = {}
+_earlier: dict[signal.Signals, Any] = {}  # whose the signals were before the first of those listened
+
+
 class SignalFlag:
     """
     Notes that one of some signals came, and does nothing else in the signal's handler.
+
+    Several may listen to one signal, and leave in any order.
 
     Args:
         signals: Which.
@@ -28,7 +34,7 @@ class SignalFlag:
     def __init__(self, signals: Sequence[int]) -> None:
         self.signals = tuple(_checked(one) for one in signals)
         self._received: signal.Signals | None = None
-        self._earlier: dict[signal.Signals, Any] = {}
+        self._listens = False
 
     def listen(self, who: str) -> None:
         """
@@ -36,34 +42,51 @@ class SignalFlag:
 
         On another thread than the main one Python cannot, and a warning says so, naming *who* wanted it.
         """
-        if not self.signals or self._earlier:
+        if not self.signals or self._listens:
             return
         if threading.current_thread() is not threading.main_thread():
             names = ", ".join(one.name for one in self.signals)
             _log.warning("Cannot receive %s: training is not on the main thread (%s).", names, who)
             return
+        self._listens = True
         for one in self.signals:
-            self._earlier[one] = signal.signal(one, self._note)
+            if one not in _listening:
+                _listening[one] = []
+                _earlier[one] = signal.getsignal(one)
+                signal.signal(one, _note)
+            _listening[one].append(self)
 
     def leave(self) -> None:
-        """Give the signals back to whom they belonged."""
-        while self._earlier:
-            one, earlier = self._earlier.popitem()
-            # None: it was set by something else than Python, which has to set it again itself.
-            signal.signal(one, earlier or signal.SIG_DFL)
+        """Give the signals back to whom they belonged, unless somebody else listens yet."""
+        if not self._listens:
+            return
+        self._listens = False
+        for one in self.signals:
+            _listening[one].remove(self)
+            if not _listening[one]:
+                # None: it was set by something else than Python, which has to set it again itself.
+                signal.signal(one, _earlier.pop(one) or signal.SIG_DFL)
+                del _listening[one]
 
     def take(self) -> signal.Signals | None:
         """Return the signal that came last, if one came since the last call."""
         received, self._received = self._received, None
         return received
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        # On the main thread between any two instructions: nothing else may be touched here.
-        self._received = signal.Signals(signum)
-        earlier = self._earlier.get(self._received)
-        # Ctrl-C's own handler raises, which is what a flag is there to avoid.
-        if callable(earlier) and earlier is not signal.default_int_handler:
-            earlier(signum, frame)
+    def note(self, received: signal.Signals) -> None:
+        """Be told that *received* came."""
+        self._received = received
+
+
+def _note(signum: int, frame: FrameType | None) -> None:
+    # On the main thread between any two instructions: nothing else may be touched here.
+    received = signal.Signals(signum)
+    for flag in _listening.get(received, ()):
+        flag.note(received)
+    earlier = _earlier.get(received)
+    # Ctrl-C's own handler raises, which is what a flag is there to avoid.
+    if callable(earlier) and earlier is not signal.default_int_handler:
+        earlier(signum, frame)
 
 
 def _checked(signum: int) -> signal.Signals:

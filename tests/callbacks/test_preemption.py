@@ -262,6 +262,36 @@ class TestSignalFlag:
 
         assert heard == ["mine"] and taken == (signal.SIGINT, None) and after == mine
 
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_two_of_one_signal(self, order):
+        """Both hear it, and when both have left, in whatever order, it is whose it was."""
+        before = signal.getsignal(signal.SIGUSR1)
+        flags = [SignalFlag([signal.SIGUSR1]) for _ in range(2)]
+        for flag in flags:
+            flag.listen("a test")
+        signal.raise_signal(signal.SIGUSR1)
+        first, second = flags[::order]
+        first.leave()
+        signal.raise_signal(signal.SIGUSR1)
+        taken = second.take()
+        second.leave()
+
+        assert first.take() is taken is signal.SIGUSR1
+        assert signal.getsignal(signal.SIGUSR1) == before
+
+    def test_listens_twice(self):
+        """A flag that listened and left listens again."""
+        before = signal.getsignal(signal.SIGUSR1)
+        flag = SignalFlag([signal.SIGUSR1])
+        for _ in range(2):
+            flag.listen("a test")
+            signal.raise_signal(signal.SIGUSR1)
+            assert flag.take() is signal.SIGUSR1
+            flag.leave()
+            flag.leave()
+
+        assert signal.getsignal(signal.SIGUSR1) == before
+
     def test_other_thread(self, caplog):
         """On another thread than the main one the log says what cannot be received, and who wanted it."""
         before = signal.getsignal(signal.SIGTERM)
