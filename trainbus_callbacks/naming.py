@@ -72,6 +72,7 @@ class NameTemplate:
         template: What the user wrote.
 
     Attributes:
+        text: What the user wrote.
         folder: Everything before the last component, ``"."`` if there is nothing.
         last: The last component as written.
 
@@ -87,7 +88,7 @@ class NameTemplate:
             raise _no_path(template) from None
         if not isinstance(text, str):
             raise _no_path(template)
-        self._text = text
+        self.text = text
         folder, self._parts = _split(_parse(text), text)
         self.folder = os.path.expanduser(folder) or "."
         self.last = "".join(map(_as_written, self._parts))
@@ -95,7 +96,12 @@ class NameTemplate:
         self._check_length()
 
     def __repr__(self) -> str:
-        return f"NameTemplate({self._text!r})"
+        return f"NameTemplate({self.text!r})"
+
+    @property
+    def place(self) -> str:
+        """The template with its folder made absolute, to tell if two are the same."""
+        return os.path.join(os.path.abspath(self.folder), self.last)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -194,7 +200,7 @@ class NameTemplate:
         room -= isinstance(self._parts[0], _Field)  # see _visible
         if room < 0:
             raise ValueError(
-                f"Cannot use {self._text!r}: with its fields filled, its last component may exceed "
+                f"Cannot use {self.text!r}: with its fields filled, its last component may exceed "
                 f"{MAX_NAME_BYTES} bytes. Shorten it by {-room} bytes."
             )
 

@@ -6,16 +6,16 @@ import logging
 import os
 from typing import Any
 
-from trainbus.callback import Callback
 from trainbus.errors import CheckpointError
-from trainbus_callbacks.naming import NameTemplate, require_counters
+from trainbus_callbacks.naming import require_counters
+from trainbus_callbacks.saving_callback import SavingCallback
 
 __all__ = ["OnException"]
 
 _log = logging.getLogger("trainbus")
 
 
-class OnException(Callback):
+class OnException(SavingCallback):
     """
     Save the run when an exception or Ctrl-C ends it amid an epoch.
 
@@ -45,7 +45,7 @@ class OnException(Callback):
     priority = 100  # after what undoes its changes at the same event
 
     def __init__(self, filepath: str | os.PathLike[str]) -> None:
-        self._template = NameTemplate(filepath)
+        super().__init__(filepath)
         require_counters(self._template, "the exception")
         self._is_training = False
         self._ended_by: BaseException | None = None
@@ -57,6 +57,7 @@ class OnException(Callback):
 
     def on_train_begin(self, handler: Any) -> None:
         """Have the random state kept in which each batch begins."""
+        self.refuse_name_of_another(handler)
         self._is_training, self._ended_by = True, None
         handler.keep_batch_starts()
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainbus import ranks
-from trainbus.callback import Callback
-from trainbus_callbacks.naming import NameTemplate, require_counters
+from trainbus_callbacks.naming import require_counters
+from trainbus_callbacks.saving_callback import SavingCallback
 from trainbus_callbacks.signal_flag import SignalFlag
 
 __all__ = ["Preemption"]
@@ -19,7 +19,7 @@ __all__ = ["Preemption"]
 _log = logging.getLogger("trainbus")
 
 
-class Preemption(Callback):
+class Preemption(SavingCallback):
     """
     Save, see the file on the disk and stop when the process is told to go: SIGTERM, or Slurm's SIGUSR1.
 
@@ -60,7 +60,7 @@ class Preemption(Callback):
     ) -> None:
         if not grace_seconds > 0:
             raise ValueError(f"grace_seconds must be a positive number, got {grace_seconds!r}.")
-        self._template = NameTemplate(filepath)
+        super().__init__(filepath)
         require_counters(self._template, "the signal")
         self.received: signal.Signals | None = None
         self._passed_on: signal.Signals | None = None
@@ -72,8 +72,9 @@ class Preemption(Callback):
         """Name and file name, so that two of them keep their files apart."""
         return f"Preemption({self._template.last!r})"
 
-    def on_train_begin(self) -> None:
+    def on_train_begin(self, handler: Any) -> None:
         """Listen to the signals."""
+        self.refuse_name_of_another(handler)
         self.received = self._passed_on = None
         self._signal.listen("Preemption")
 

@@ -10,8 +10,8 @@ import time
 from typing import Any
 
 from trainbus import ranks
-from trainbus.callback import Callback
-from trainbus_callbacks.naming import NameTemplate, require_counters
+from trainbus_callbacks.naming import require_counters
+from trainbus_callbacks.saving_callback import SavingCallback
 from trainbus_callbacks.signal_flag import SignalFlag
 
 __all__ = ["SaveOnRequest"]
@@ -19,7 +19,7 @@ __all__ = ["SaveOnRequest"]
 _log = logging.getLogger("trainbus")
 
 
-class SaveOnRequest(Callback):
+class SaveOnRequest(SavingCallback):
     """
     Save once when somebody touches a file or sends a signal: ``touch runs/save-now``, ``kill -USR2 PID``.
 
@@ -54,7 +54,7 @@ class SaveOnRequest(Callback):
         signum: int | None = signal.SIGUSR2,
         seconds_between_looks: float = 1.0,
     ) -> None:
-        self._template = NameTemplate(filepath)
+        super().__init__(filepath)
         require_counters(self._template, "the request")
         if not seconds_between_looks >= 0:
             raise ValueError(
@@ -73,8 +73,9 @@ class SaveOnRequest(Callback):
         """Name and file name, so that two of them keep their files apart."""
         return f"SaveOnRequest({self._template.last!r})"
 
-    def on_train_begin(self) -> None:
+    def on_train_begin(self, handler: Any) -> None:
         """Listen to the signal, if this is the main thread: only there can Python receive one."""
+        self.refuse_name_of_another(handler)
         self._signal.listen(f"SaveOnRequest, so touch {self.request_file!r} instead")
 
     def on_train_batch_end(self, handler: Any, epoch: int) -> None:

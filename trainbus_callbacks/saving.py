@@ -11,14 +11,13 @@ from dataclasses import asdict
 from typing import Any
 
 from trainbus import ranks
-from trainbus.callback import Callback
 from trainbus.checkpoint.retention import Retention
 from trainbus.errors import PayloadError
 from trainbus_callbacks.arguments import checked_keep
 from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, is_comparable, resolve_mode
 from trainbus_callbacks.earlier_runs import reconcile
-from trainbus_callbacks.naming import NameTemplate
 from trainbus_callbacks.saving_advice import SavingAdvice
+from trainbus_callbacks.saving_callback import SavingCallback
 from trainbus_callbacks.saving_choice import Choice, Chooser
 from trainbus_callbacks.scalars import as_float, describe
 from trainbus_callbacks.triggers import Moment, Trigger, in_short, trigger_of
@@ -28,7 +27,7 @@ __all__ = ["ModelCheckpoint"]
 logger = logging.getLogger("trainbus")
 
 
-class ModelCheckpoint(Callback):
+class ModelCheckpoint(SavingCallback):
     """
     Save at the end of epochs, or every so many batches; all, or only what is better than before.
 
@@ -100,7 +99,7 @@ class ModelCheckpoint(Callback):
         shared: bool = False,
         full_state: bool = False,
     ) -> None:
-        self._template = NameTemplate(filepath)
+        super().__init__(filepath)
         self._trigger = trigger_of(save_freq)
         check_monitor(monitor, save_best_only, initial_value_threshold)
         self.filepath = os.fspath(filepath)
@@ -164,7 +163,7 @@ class ModelCheckpoint(Callback):
         """Refuse a name that another callback saves under, and warn of another run's files."""
         if _takes_part(handler):
             self._last_due = time.monotonic()
-            self._refuse_name_of_another(handler)
+            self.refuse_name_of_another(handler)
             self._reserve(handler)
             self._advice.of_other_runs(handler)
 
@@ -266,10 +265,6 @@ class ModelCheckpoint(Callback):
     def _judged_by(self) -> str | None:
         return self.mode if self.monitor is not None else None
 
-    @property
-    def _place(self) -> str:
-        return os.path.join(os.path.abspath(self._template.folder), self._template.last)
-
     def _seconds(self) -> float:
         if self._last_due is None:
             self._last_due = time.monotonic()
@@ -299,17 +294,6 @@ class ModelCheckpoint(Callback):
         if choice.path is not None:
             self._reserve(handler)
             self._save(handler, choice.path, choice, moment)
-
-    def _refuse_name_of_another(self, handler: Any) -> None:
-        for other in handler.callbacks.values():
-            if not isinstance(other, ModelCheckpoint) or other is self:
-                continue
-            if other._place == self._place:
-                raise ValueError(
-                    f"{self.state_key} and {other.state_key} are two callbacks with one name for their "
-                    f"files, {self.filepath!r}: they would overwrite each other's. Give one of them "
-                    "another name."
-                )
 
     def _reserve(self, handler: Any) -> None:
         if not self._shared:
