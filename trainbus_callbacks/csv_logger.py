@@ -50,7 +50,8 @@ class CSVLogger(Callback):
             os.rename(self.path, self._free_name())
             return
         columns, rows = self._read()
-        self._rewrite(columns, [row for row in rows if self._step(row) <= handler.global_step])
+        # By epochs: a checkpoint of an epoch's last batch has the steps of its row, and comes before it.
+        self._rewrite(columns, [row for row in rows if self._epoch(row) <= handler.epoch])
 
     def on_epoch_end(self, handler: Any, epoch: int, global_step: int, logs: Mapping[str, Any]) -> None:
         """Add a row. Waits for the devices that compute the metrics."""
@@ -79,12 +80,12 @@ class CSVLogger(Callback):
             )
         return columns, list(reader)
 
-    def _step(self, row: Mapping[str, Any]) -> int:
+    def _epoch(self, row: Mapping[str, Any]) -> int:
         try:
-            return int(row["global_step"])
+            return int(row["epoch"])
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"Cannot go on with {self.path!r}: the global_step of a row is {row['global_step']!r} and "
+                f"Cannot go on with {self.path!r}: the epoch of a row is {row['epoch']!r} and "
                 "should be an int. Mend the row or move the file away."
             ) from error
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 
 import pytest
+import torch
 
+from trainbus import Handler
 from trainbus.testing import FakeHandler, emit_run
 from trainbus_callbacks import CSVLogger
 
@@ -68,7 +70,7 @@ class TestSecondRun:
         """A resumed run drops the rows behind its point, so that no epoch stands twice."""
         run(tmp_path / "a.csv", epochs=3, logs={"loss": [1.0, 2.0, 3.0]})
         handler = FakeHandler(resumed=True)
-        handler.global_step = 2
+        handler.epoch, handler.global_step = 1, 2
         run(tmp_path / "a.csv", epochs=3, logs={"loss": [0, 5.0, 6.0]}, first_epoch=1, handler=handler)
 
         assert [(row["epoch"], row["loss"]) for row in rows(tmp_path / "a.csv")] == [
@@ -76,6 +78,24 @@ class TestSecondRun:
             ("2", "5.0"),
             ("3", "6.0"),
         ]
+
+    @pytest.mark.parametrize("at", ["train_batch_end", "val_end", "epoch_end"])
+    def test_resumed_at_the_end_of_an_epoch(self, tmp_path, at):
+        """Nor does one of which the last batch, or all but the row, was done when it was saved."""
+        for _ in range(2):
+            model = torch.nn.Linear(1, 1)
+            with Handler(model) as handler:
+                handler.add_callback(CSVLogger(tmp_path / "a.csv"))
+                if handler.resume(tmp_path) is None:
+                    save = lambda handler: handler.save_async(tmp_path / "b.pt")  # noqa: E731
+                    handler.on(at, save, once=True, after={"train_batch_end": 3}.get(at, 1))
+                for _ in handler.epochs(3):
+                    for _ in handler.batches(range(2)):
+                        handler.log(loss=1.0)
+                    for _ in handler.val_batches(range(1)):
+                        pass
+
+        assert [row["epoch"] for row in rows(tmp_path / "a.csv")] == ["1", "2", "3"]
 
     def test_cut_off(self, tmp_path):
         """What a power cut has left of a row is dropped."""
@@ -99,8 +119,8 @@ class TestSecondRun:
         [
             ("name,age\nx,1\n", r"its first columns are \['name', 'age'\].*Move the file away"),
             ("", r"its first columns are \[\]"),
-            ("epoch,global_step\n1,x\n", "global_step of a row is 'x' and should be an int"),
-            ("epoch,global_step\n1\n", "global_step of a row is None"),
+            ("epoch,global_step\nx,1\n", "the epoch of a row is 'x' and should be an int"),
+            ("epoch,global_step\n,1\n", "the epoch of a row is ''"),
         ],
     )
     def test_foreign_file(self, tmp_path, text, words):
