@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import errno
 import gc
 import logging
 import os
@@ -23,7 +24,7 @@ from trainbus import Callback, CheckpointSkipped, CheckpointWriteError, Handler,
 from trainbus.checkpoint import disk
 from trainbus.checkpoint.commit import commit
 from trainbus.errors import HandlerClosedError, StateMismatchError
-from trainbus.testing import EventRecorder
+from trainbus.testing import EventRecorder, FaultyDisk
 from trainbus_callbacks import ModelCheckpoint
 
 KEYS = ["module", "optimizer", "scheduler", "scaler", "extra", "callbacks", "progress", "rng", "data"]
@@ -820,6 +821,52 @@ class TestErrors:
 
         assert best.best_score == 0.7
         assert trainbus.read_manifest(tmp_path / "b.pt").score == 0.7
+
+
+class TestBestThatIsThere:
+    """What lies under the best one's name counts, also where its save was reported as failed."""
+
+    def train(self, folder, losses, before_epoch=lambda handler, epoch: handler.flush(), **options):
+        """Keep the best of an epoch for each loss; return its metric as the file has it."""
+        with make(on_write_error="warn", **options) as handler:
+            best = ModelCheckpoint(folder / "best.pt", monitor="val_loss", save_best_only=True)
+            handler.add_callback(best)
+            for epoch in handler.epochs(len(losses)):
+                before_epoch(handler, epoch)
+                handler.log(val_loss=losses[epoch])
+        assert best.best_score == trainbus.read_manifest(folder / "best.pt").score
+        return best.best_score
+
+    def test_whose_name_was_not_synced(self, tmp_path, caplog):
+        """A worse one does not replace a file of which only the name could not be synced."""
+        with FaultyDisk(errno.EROFS, calls=["fsync_folder"], at=2):  # 1: can folders be synced here?
+            assert self.train(tmp_path, [0.1, 0.5]) == 0.1
+        assert "the new file is there" in caplog.text
+
+    def test_that_came_late(self, tmp_path, caplog):
+        """Nor one whose write hung, was given up, and went on."""
+        go, came = threading.Event(), threading.Event()
+
+        def hold(name, number):
+            if number == 2:  # 1: that of the file with 0.9
+                assert go.wait(30)
+
+        def look(handler, epoch):
+            if epoch == 1:
+                handler.finish_writing()
+            if epoch == 2:
+                handler.on("checkpoint_saved", came.set)
+                handler.finish_writing()  # returns once the write is given up
+                go.set()
+                for _ in range(3000):
+                    handler.bus.drain()
+                    if came.wait(0.01):
+                        break
+                assert came.is_set()
+
+        with FaultyDisk(calls=["fsync"], before=hold):
+            assert self.train(tmp_path, [0.9, 0.1, 0.5], look, write_timeout=0.5) == 0.1
+        assert "was written after all" in caplog.text
 
 
 class TestLeaving:

@@ -163,6 +163,7 @@ class CheckpointWriteError(CheckpointError, OSError):
         path: The file that was to be written.
         global_step: Training batches completed when the save was asked for.
         errno: The operating system's number, or None if it was no `OSError`.
+        is_unsynced: The new file is in its place, whole; only a power cut may bring the previous one back.
     """
 
     def __init__(self, path: str, global_step: int, cause: BaseException, *, tries: int = 1) -> None:
@@ -176,7 +177,8 @@ class CheckpointWriteError(CheckpointError, OSError):
             number, reason = cause.errno, str(cause)
         reason += f" (tried {tries} times)" if tries > 1 else ""
         there = "the previous file, if any, is untouched"
-        if isinstance(cause, UnsyncedNameError) or getattr(cause, "is_unsynced", False):
+        self.is_unsynced = isinstance(cause, UnsyncedNameError) or getattr(cause, "is_unsynced", False)
+        if self.is_unsynced:
             there = "the new file is there, but a power cut may bring the previous one back"
         super().__init__(
             f"Cannot write checkpoint {path!r} of global step {global_step}: {reason}. "

@@ -196,6 +196,7 @@ class ScoreLedger:
         self.threshold_passed = threshold is None
         self._threshold = threshold
         self._pending: list[Proposal] = []
+        self._failed: list[Proposal] = []  # since the last durable one; a write that hung may come after all
 
     @property
     def expected(self) -> Standing:
@@ -223,17 +224,26 @@ class ScoreLedger:
         self._pending.remove(proposal)
 
     def settle(self, save: Any, *, durable: bool) -> None:
-        """Make the pending save that *save* identifies durable, or roll it back; others are ignored."""
-        for proposal in self._pending:
-            if proposal.save is save:
-                self._pending.remove(proposal)
-                if durable:
-                    self.durable = self._after(self.durable, proposal)
-                return
+        """
+        Make the pending save that *save* identifies durable, or roll it back; others are ignored.
+
+        One that was rolled back may become durable later.
+        """
+        proposal = next((one for one in (*self._pending, *self._failed) if one.save is save), None)
+        if proposal is None:
+            return
+        if proposal in self._pending:
+            self._pending.remove(proposal)
+        if durable:
+            self.durable = self._after(self.durable, proposal)
+            self._failed.clear()
+        elif proposal not in self._failed:
+            self._failed.append(proposal)
 
     def restore(self, standing: Standing, *, threshold_passed: bool) -> None:
         """Continue from *standing*. Saves still pending belong to what is left behind."""
         self._pending.clear()
+        self._failed.clear()
         self.durable = standing
         self.threshold_passed = threshold_passed or self._threshold is None
 

@@ -219,11 +219,13 @@ class ModelCheckpoint(SavingCallback):
         """Count the file as there."""
         self._ledger.settle(save, durable=True)
 
-    def on_checkpoint_failed(self, save: Any) -> None:
+    def on_checkpoint_failed(self, save: Any, error: Exception) -> None:
+        """Go back to what was best before, unless the file is there in spite of the failure."""
+        self._ledger.settle(save, durable=getattr(error, "is_unsynced", False))
+
+    def on_checkpoint_skipped(self, save: Any) -> None:
         """Go back to what was best before."""
         self._ledger.settle(save, durable=False)
-
-    on_checkpoint_skipped = on_checkpoint_failed
 
     # -- state
 

@@ -155,6 +155,20 @@ class TestSettle:
         ledger.settle(first, durable=True)
         assert ledger.durable.best_score == 0.5
 
+    def test_came_late(self):
+        """
+        A save that was rolled back and is durable after all counts, until a later one is durable.
+        """
+        ledger = ScoreLedger("min")
+        hung, refused = save(ledger, 0.5), save(ledger, 0.4)
+        for one in (hung, refused):
+            ledger.settle(one, durable=False)
+        ledger.settle(hung, durable=True)
+
+        assert ledger.durable == ledger.expected and ledger.durable.best_score == 0.5
+        ledger.settle(refused, durable=True)
+        assert ledger.durable.best_score == 0.5
+
     @pytest.mark.parametrize("paths", [("a.pt", "b.pt"), ("best.pt", "best.pt")])
     def test_any_order(self, paths):
         """

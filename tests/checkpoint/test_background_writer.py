@@ -700,10 +700,10 @@ class TestStuckThread:
 
     def test_may_come_back(self, make, gates, reports, caplog):
         """
-        Once the disk answers after all, saves work again; what was reported as failed is only logged.
+        Once the disk answers after all, saves work again; what was reported as failed is told of, once more.
         """
         writer = make(patience=0.1)
-        save(writer, "a.pt", gates[0], removals=["old.pt"])
+        late = save(writer, "a.pt", gates[0], removals=["old.pt"])
         writer.flush()
         gates[0].open.set()
         while writer._running is not None:
@@ -711,7 +711,9 @@ class TestStuckThread:
                 writer._changed.wait(0.01)
 
         assert save(writer, "b.pt").result(WAIT) is MANIFEST
-        assert reports.events == [("failed", "a.pt"), ("saved", "b.pt")]
+        assert reports.events == [("failed", "a.pt"), ("saved", "a.pt"), ("saved", "b.pt")]
+        with pytest.raises(CheckpointWriteError):
+            late.result(0)
         assert "was written after all" in caplog.text
 
     def test_is_not_one_that_makes_progress(self, make, gates):

@@ -51,12 +51,12 @@ class JobRunner:
             # Also what is meant to end the thread: somebody may be waiting for this save.
             self._outcomes.failed(pending, error)
             return False
-        if pending.done():
+        was_given_up = pending.done()
+        if was_given_up:
             _log.warning("%r was written after all; it was reported as failed.", pending.path)
-            return False
         pending.times.durable = time.monotonic()
         self._outcomes.saved(pending, manifest)
-        return True
+        return not was_given_up
 
     def _remove_file(self, job: WriteJob, given: str, path: str) -> None:
         # Not above: this module has to be importable where what a file format needs is not.

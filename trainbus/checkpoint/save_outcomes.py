@@ -39,7 +39,7 @@ class SaveOutcomes:
         self._settle = settle
 
     def saved(self, pending: PendingSave, manifest: Manifest) -> None:
-        """Its file is durable."""
+        """Its file is durable. May follow on `failed`, of a write that nobody waited for any more."""
         times = pending.times
         assert times.durable is not None
         seconds = times.durable - times.requested
