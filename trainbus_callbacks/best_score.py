@@ -240,6 +240,14 @@ class ScoreLedger:
         elif proposal not in self._failed:
             self._failed.append(proposal)
 
+    def overtake(self, standing: Standing) -> bool:
+        """Continue from *standing* if its best is the better one, and tell whether it is."""
+        score = standing.best_score
+        if score is None or not self._is_better(score, self.durable.best_score):
+            return False
+        self.restore(standing, threshold_passed=True)
+        return True
+
     def restore(self, standing: Standing, *, threshold_passed: bool) -> None:
         """Continue from *standing*. Saves still pending belong to what is left behind."""
         self._pending.clear()

@@ -6,17 +6,19 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 
 from trainbus.checkpoint.folder import CheckpointFolder
 from trainbus.checkpoint.manifest import Manifest
+from trainbus.checkpoint.retention import KeepBest
 from trainbus.checkpoint.sharded_format import read_manifest
 from trainbus.errors import CheckpointCorruptError
 from trainbus_callbacks.best_score import Mode, Standing
 from trainbus_callbacks.naming import NameTemplate
 from trainbus_callbacks.scalars import describe
 
-__all__ = ["reconcile", "warning_of_other_runs"]
+__all__ = ["reconcile", "saved_since", "warning_of_other_runs"]
 
 logger = logging.getLogger("trainbus")
 
@@ -36,7 +38,7 @@ def reconcile(standing: Standing, monitor: str | None, folder: str) -> Standing:
     if path is None or monitor is None:
         return standing
     if not os.path.exists(path):
-        path = os.path.join("" if folder == os.curdir else folder, os.path.basename(path))
+        path = os.path.join(_prefix(folder), os.path.basename(path))
     try:
         score = _score(read_manifest(path), monitor)
         problem = f"it does not tell a finite {monitor}"
@@ -64,6 +66,38 @@ def reconcile(standing: Standing, monitor: str | None, folder: str) -> Standing:
     return replace(standing, best_score=score, best_path=path)
 
 
+def saved_since(
+    template: NameTemplate, stream: str, runs: Collection[str], monitor: str, mode: Mode
+) -> Standing:
+    """
+    Return the best that *runs* have saved, by the files that are there. Reads the folder.
+
+    A checkpoint that another callback took has this one's state from before its own save of that moment.
+
+    Args:
+        template: Of the files' names; links and copies under others do not count.
+        stream: Who saved them.
+        runs: Ids of the runs that this one continues.
+        monitor: The metric that they were judged by.
+        mode: In which direction.
+    """
+    files = [
+        file
+        for file in CheckpointFolder(template.folder)
+        if file.manifest.stream == stream
+        and file.manifest.run_id in runs
+        and (file.manifest.monitor, file.manifest.mode) == (monitor, mode)
+        and template.matches(os.path.basename(file.path))
+        and not file.is_link
+    ]
+    best = KeepBest(1).kept(files)
+    if not best:
+        return Standing()
+    last = files[-1].manifest
+    path = os.path.join(_prefix(template.folder), os.path.basename(best[0].path))
+    return Standing(best[0].manifest.score, path, last.epoch, last.global_step)
+
+
 def warning_of_other_runs(template: NameTemplate, run_id: str, monitor: str | None, mode: Mode) -> str | None:
     """Return what to say of other runs' files under *template*, or None. Reads the folder."""
     theirs = [
@@ -83,6 +117,10 @@ def warning_of_other_runs(template: NameTemplate, run_id: str, monitor: str | No
         f"To continue that run, call handler.resume({template.folder!r}) before training; "
         "to keep its files, save to another folder."
     )
+
+
+def _prefix(folder: str) -> str:
+    return "" if folder == os.curdir else folder
 
 
 def _score(manifest: Manifest | None, monitor: str) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -15,16 +14,14 @@ from trainbus.checkpoint.retention import Retention
 from trainbus.errors import PayloadError
 from trainbus_callbacks.arguments import checked_keep
 from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, is_comparable, resolve_mode
-from trainbus_callbacks.earlier_runs import reconcile
+from trainbus_callbacks.earlier_runs import reconcile, saved_since
 from trainbus_callbacks.saving_advice import SavingAdvice
 from trainbus_callbacks.saving_callback import SavingCallback
 from trainbus_callbacks.saving_choice import Choice, Chooser
-from trainbus_callbacks.scalars import as_float, describe
+from trainbus_callbacks.scalars import as_float
 from trainbus_callbacks.triggers import Moment, Trigger, in_short, trigger_of
 
 __all__ = ["ModelCheckpoint"]
-
-logger = logging.getLogger("trainbus")
 
 
 class ModelCheckpoint(SavingCallback):
@@ -117,6 +114,7 @@ class ModelCheckpoint(SavingCallback):
         self._last_due: float | None = None  # by time.monotonic()
         self._due = False  # a save fell into gradient accumulation and waits for its end
         self._was_due = False  # ever, in this process
+        self._was_loaded = False  # and no training has begun since
         self._saw_epoch_end = False
         self._prepared = False
         self._batches_hold_metric: bool | None = None  # None: no batch was seen yet
@@ -166,6 +164,7 @@ class ModelCheckpoint(SavingCallback):
             self.refuse_name_of_another(handler)
             self._reserve(handler)
             self._advice.of_other_runs(handler)
+            self._look_for_better(handler)
 
     def on_train_batch_end(
         self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
@@ -260,6 +259,7 @@ class ModelCheckpoint(SavingCallback):
         if ranks.rank() == 0:
             standing = reconcile(standing, self.monitor, self._template.folder)
         self._ledger.restore(standing, threshold_passed=bool(state.get("threshold_passed")))
+        self._was_loaded = True
 
     # -- inside
 
@@ -297,6 +297,14 @@ class ModelCheckpoint(SavingCallback):
             self._reserve(handler)
             self._save(handler, choice.path, choice, moment)
 
+    def _look_for_better(self, handler: Any) -> None:
+        """Take up what this callback has saved behind the loaded state, by the files. Reads the folder."""
+        was_loaded, self._was_loaded = self._was_loaded, False
+        if was_loaded and self.monitor is not None and handler.rank == 0:
+            found = saved_since(self._template, self.state_key, handler.lineage, self.monitor, self.mode)
+            if self._ledger.overtake(found):
+                self._advice.of_later_best(found)
+
     def _reserve(self, handler: Any) -> None:
         if not self._shared:
             handler.reserve(self._template.folder, self._template.last)
@@ -323,17 +331,8 @@ class ModelCheckpoint(SavingCallback):
             self._ledger.withdraw(proposal)
             raise
         if best is not None and handler.rank == 0:
-            self._tell_of_best(moment, before, best)
-
-    def _tell_of_best(self, moment: Moment, before: float | None, best: float) -> None:
-        step, epoch = f"step {moment.global_step}", f"epoch {moment.epoch + 1}"
-        where = step if self._trigger.within_epochs else epoch
-        if before is None:
-            logger.info("%s: %s is %s, the first", where, self.monitor, describe(best))
-        else:
-            logger.info(
-                "%s: %s improved from %s to %s", where, self.monitor, describe(before), describe(best)
-            )
+            step, epoch = f"step {moment.global_step}", f"epoch {moment.epoch + 1}"
+            self._advice.of_best(step if self._trigger.within_epochs else epoch, before, best)
 
     def _check_metric_is_there_in_time(self, logs: Mapping[str, Any]) -> None:
         if self._trigger.at_epoch_ends or not self.save_best_only:

@@ -1,4 +1,4 @@
-"""What a `ModelCheckpoint` tells its user: metrics that are missing, names that lack one. Each once."""
+"""What a `ModelCheckpoint` tells its user: of the best, of metrics and names that lack something."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from trainbus_callbacks.best_score import Standing
 from trainbus_callbacks.earlier_runs import warning_of_other_runs
 from trainbus_callbacks.naming import FilledName, NameTemplate
-from trainbus_callbacks.scalars import why_no_number
+from trainbus_callbacks.scalars import describe, why_no_number
 
 __all__ = ["SavingAdvice"]
 
@@ -20,7 +21,7 @@ logger = logging.getLogger("trainbus")
 
 class SavingAdvice:
     """
-    The warnings of one `ModelCheckpoint`. Training thread.
+    The words of one `ModelCheckpoint`, each warning once. Training thread.
 
     Args:
         owner: Returns how the callback is called.
@@ -72,6 +73,24 @@ class SavingAdvice:
                 f"{self._owner()} cannot judge by {why_no_number(self._monitor, logs, unusable)} "
                 f"{'It saves all the same.' if saves else 'It saves nothing until the metric is there.'}"
             )
+
+    def of_best(self, where: str, before: float | None, best: float) -> None:
+        """Tell of a new best, each time."""
+        if before is None:
+            logger.info("%s: %s is %s, the first", where, self._monitor, describe(best))
+        else:
+            logger.info(
+                "%s: %s improved from %s to %s", where, self._monitor, describe(before), describe(best)
+            )
+
+    def of_later_best(self, standing: Standing) -> None:
+        """Tell that a file from behind the loaded state holds the best."""
+        logger.info(
+            "%r was saved after the loaded state and is the best: %s %s.",
+            standing.best_path,
+            self._monitor,
+            standing.best_score,
+        )
 
     def of_missing_fields(
         self, name: FilledName, logs: Mapping[str, Any], unusable: Mapping[str, Any]

@@ -6,10 +6,13 @@ import io
 import logging
 import math
 import os
+import shutil
 import zipfile
 
 import pytest
+from torch import nn
 
+from trainbus import Handler
 from trainbus.checkpoint.commit import commit
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.testing import FakeHandler, emit_run
@@ -156,6 +159,92 @@ class TestReconcile:
         checkpoint.load_state_dict(state(0.5))
 
         assert checkpoint.best_path == "runs/best.pt"
+
+
+class TestSavedSince:
+    """The state that another callback's checkpoint has of this one may be behind its files."""
+
+    def resume(self, checkpoint, score, *, resumed=True, lineage=("before",)):
+        """Load a state with a best of *score* and begin to train; return the best then."""
+        handler = FakeHandler(resumed=resumed)
+        handler.lineage = lineage
+        checkpoint.load_state_dict(state(score, "runs/1.pt"))
+        handler.add_callback(checkpoint)
+        handler.bus.emit("train_begin", resumed=resumed)
+        return checkpoint.best_score, checkpoint.best_path
+
+    def files(self, checkpoint, *scores, **manifest):
+        """Write what the run before has saved, of epochs from 1 on."""
+        for number, score in enumerate(scores, 1):
+            given = {"run_id": "before", "stream": checkpoint.state_key, "monitor": "val_loss", "mode": "min"}
+            given |= {"score": score, "sequence": number, "epoch": number - 1} | manifest
+            write(f"runs/{number}.pt", **given)
+
+    def test_better_file(self, caplog):
+        """The best of the files counts, and said once; a worse value is not saved any more."""
+        caplog.set_level(logging.INFO, "trainbus")
+        checkpoint = best_only("runs/{epoch}.pt", initial_value_threshold=0.9)
+        self.files(checkpoint, 0.5, 0.2, 0.3)
+
+        assert self.resume(checkpoint, 0.5) == (0.2, "runs/2.pt")
+        assert (
+            caplog.text.count("'runs/2.pt' was saved after the loaded state and is the best: val_loss 0.2")
+            == 1
+        )
+        assert saves(checkpoint, 0.4, 0.1) == [0.1]
+
+    @pytest.mark.parametrize("scores", [(0.5, 0.7), (0.5, math.nan), (0.5,)])
+    def test_no_better_file(self, scores):
+        """Others change nothing."""
+        checkpoint = best_only("runs/{epoch}.pt")
+        self.files(checkpoint, *scores)
+
+        assert self.resume(checkpoint, 0.5) == (0.5, "runs/1.pt")
+
+    @pytest.mark.parametrize(
+        "manifest", [{"run_id": "other"}, {"stream": "other"}, {"monitor": "loss"}, {"mode": "max"}]
+    )
+    def test_files_of_others(self, manifest):
+        """Files of other runs and callbacks, or judged otherwise, are none of its own."""
+        checkpoint = best_only("runs/{epoch}.pt")
+        self.files(checkpoint, 0.5)
+        self.files(checkpoint, math.nan, 0.2, **manifest)
+        self.files(checkpoint, 0.5)
+
+        assert self.resume(checkpoint, 0.5) == (0.5, "runs/1.pt")
+
+    def test_links_and_copies(self):
+        """What somebody has linked or copied is not the best one's path."""
+        checkpoint = best_only("runs/{epoch}.pt")
+        self.files(checkpoint, 0.5, 0.2)
+        os.symlink("2.pt", "runs/0.pt")
+        shutil.copy("runs/2.pt", "runs/0 copy.pt")
+
+        assert self.resume(checkpoint, 0.5) == (0.2, "runs/2.pt")
+
+    def test_once(self):
+        """A training that goes on in the same process looks no more: what it knows is newer."""
+        checkpoint = best_only("runs/{epoch}.pt")
+        self.files(checkpoint, 0.5)
+        self.resume(checkpoint, 0.5)
+        self.files(checkpoint, 0.5, 0.2)
+        checkpoint.on_train_begin(FakeHandler(resumed=True))
+
+        assert checkpoint.best_score == 0.5
+
+    def test_best_after_last(self, tmp_path):
+        """A real run that resumes from last.pt knows the best file that came after it in that epoch."""
+        for epochs in (2, 3):
+            with Handler(nn.Linear(1, 1)) as handler:
+                handler.add_callback(ModelCheckpoint("runs/last.pt"))
+                best = best_only("runs/best_{epoch}.pt", save_weights_only=True)
+                handler.add_callback(best)
+                handler.resume("runs")
+                for epoch in handler.epochs(epochs):
+                    handler.log(val_loss=[0.5, 0.1, 0.3][epoch])
+
+        assert (best.best_score, best.best_path) == (0.1, "runs/best_2.pt")
+        assert sorted(os.listdir("runs")) == ["best_1.pt", "best_2.pt", "last.pt"]
 
 
 class TestOtherRuns:
