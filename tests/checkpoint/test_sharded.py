@@ -400,6 +400,11 @@ class TestHostile:
             lambda metadata: [setattr(place, "length", 9) for place in metadata.storage_data.values()],
             lambda metadata: metadata.state_dict_metadata.pop("a"),
             lambda metadata: setattr(metadata.state_dict_metadata["a"], "size", torch.Size([4])),
+            lambda metadata: setattr(metadata.state_dict_metadata["a"], "chunks", 7),
+            lambda metadata: setattr(metadata, "state_dict_metadata", None),
+            lambda metadata: [setattr(place, "offset", "x") for place in metadata.storage_data.values()],
+            lambda metadata: [setattr(place, "length", None) for place in metadata.storage_data.values()],
+            lambda metadata: [setattr(place, "relative_path", 7) for place in metadata.storage_data.values()],
         ],
     )
     def test_metadata_that_makes_no_sense(self, path, change):

@@ -19,6 +19,7 @@ import torch
 
 import trainbus
 from trainbus import CheckpointCorruptError, Handler
+from trainbus.checkpoint.outline import read_outline
 
 from .conftest import CALLS, CHAINS, GADGETS, OPCODES, Mutator, Reduced, Site, opcode_samples
 from .files import (
@@ -426,6 +427,16 @@ class TestWhatTorchAllows:
         outcome = self.outcome(in_child, tmp_path, b"\x80\x02" + built + b".")
 
         assert outcome[:2] == (0, "CheckpointCorruptError") and outcome.growth < MEMORY
+
+    @pytest.mark.parametrize("put", [b"r\xff\xff\xff\x0f", b"p268435455\n"])
+    def test_number_of_a_value(self, in_child, tmp_path, put):
+        """
+        The numbers by which a pickle calls its values take no memory; one flipped bit makes them great.
+        """
+        (tmp_path / "a.pt").write_bytes(archive(b"\x80\x02}" + put + b"."))
+        outcome = in_child(lambda: read_outline(tmp_path / "a.pt"))
+
+        assert outcome[:2] == (0, {}) and outcome.growth < MEMORY
 
     @pytest.mark.xfail(strict=True, reason="torch allows bytearray and encode, whose results have any length")
     @pytest.mark.parametrize("name", ["bytearray", "hex"])

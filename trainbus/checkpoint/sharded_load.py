@@ -248,17 +248,22 @@ def _open(path: str | os.PathLike[str], to_check: Callable[[ShardedFiles], Colle
     with open(os.path.join(path, METADATA), "rb") as file:
         content = file.read()
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-        places = metadata.storage_data
-        strange = {place.relative_path for place in places.values()} - set(files.digests)
-        structure = places[MetadataIndex(STRUCTURE)]
+        return _contents_of(path, files, content)
+    except (CheckpointCorruptError, OSError):
+        raise
     except Exception as error:  # whatever a pickle that nobody wrote can bring about
         raise CheckpointCorruptError(path, f"its {METADATA} is not what trainbus writes ({error})") from error
+
+
+def _contents_of(path: str, files: ShardedFiles, content: bytes) -> _Contents:
+    metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+    places = metadata.storage_data
+    strange = {place.relative_path for place in places.values()} - set(files.digests)
     if strange:
         raise CheckpointCorruptError(
-            path, f"its {METADATA} names {min(strange)!r}, which is none of its files"
+            path, f"its {METADATA} names {min(strange, key=str)!r}, which is none of its files"
         )
-    contents = _Contents(path, files, metadata, *_read_structure(path, structure))
+    contents = _Contents(path, files, metadata, *_read_structure(path, places[MetadataIndex(STRUCTURE)]))
     for name, one in contents.tensors().items():
         # What no piece covers would be whatever was in memory.
         if sum(math.prod(chunk.sizes) for chunk in one.chunks) != math.prod(one.size):
