@@ -147,6 +147,31 @@ class TestMeet:
             assert removed == ("checkpoint_removed", {"path": "b.pt"})
         assert everyone[0].posted[0][1]["error"] is error
 
+    @pytest.mark.parametrize("meets_between", [False, True])
+    def test_news_of_a_write_that_came_late(self, together, meets_between):
+        """A save that failed, and was written after all, is told of twice, on all ranks in that order."""
+
+        def do(rank):
+            older, newer = PendingSave(None), PendingSave(None)
+            for save in (older, rank.save, newer):
+                rank.agreement.expect(save)
+            if rank.number == 0:
+                rank.agreement.post("checkpoint_failed", save=rank.save)
+            if meets_between:
+                rank.agreement.meet("one")
+            if rank.number == 0:
+                rank.agreement.post("checkpoint_saved", save=rank.save)
+                rank.agreement.post("checkpoint_skipped", save=newer)
+            rank.agreement.meet("two")
+            assert rank.agreement._expected == {}  # nothing is kept for a run of many failures
+
+        everyone, _ = together(do)
+
+        for rank in everyone:
+            names = [name for name, _ in rank.posted]
+            assert names == ["checkpoint_failed", "checkpoint_saved", "checkpoint_skipped"]
+            assert [fields["save"] is rank.save for _, fields in rank.posted] == [True, True, False]
+
     def test_save_of_one_rank(self, together):
         """A save that rank 0 alone asked for is its own affair."""
 

@@ -183,6 +183,25 @@ class Agreement:
         self._wait_for_first(wait, "waiting for saves")
         self.meet("the end of saves")
 
+    def finish_others(self, flush: Callable[[float], None], what: str) -> None:
+        """
+        Return when rank 0 has written what other handlers have asked for as well. Collective.
+
+        Args:
+            flush: Called on rank 0; waits so many seconds at most, and raises TimeoutError.
+            what: At what the ranks meet.
+        """
+
+        def wait(seconds: float) -> bool:
+            try:
+                flush(seconds)
+            except TimeoutError:
+                return False
+            return True
+
+        if self.is_shared:
+            self._wait_for_first(wait, what)
+
     def result(self, pending: PendingSave) -> Manifest | None:
         """
         Return what `PendingSave.result` does on rank 0, or raise it. Collective.
@@ -236,10 +255,18 @@ class Agreement:
             own = fields
             with self._lock:
                 if "save" in fields:
-                    own = {**fields, "save": self._expected.pop(fields["save"])}
+                    own = {**fields, "save": self._expected[fields["save"]]}
+                    self._forget(name, fields["save"])
                 if ranks.rank() == 0:  # the errors themselves, not copies: who has seen one is noted in it
                     _, own = self._news.popleft()
             self._post(name, **own)
+
+    def _forget(self, event: str, number: int) -> None:
+        if event == "checkpoint_skipped":
+            del self._expected[number]
+        elif event == "checkpoint_saved":
+            # The writer works in order. What failed before this one may not come late any more.
+            self._expected = {other: save for other, save in self._expected.items() if other > number}
 
     def _deliver_here(self) -> None:
         while self._news:
