@@ -74,6 +74,10 @@ class TestFiles:
         """What somebody has linked or copied stays, and keeps none of the real files from staying."""
 
         def look(handler, epoch):
+            if epoch == 1:
+                handler.flush()
+                os.rename(tmp_path / "1.pt", tmp_path / "renamed.pt")
+                shutil.copy(tmp_path / "renamed.pt", tmp_path / "1.pt")
             if epoch == 2:
                 handler.flush()
                 os.link(tmp_path / "1.pt", tmp_path / "0 hard.pt")
@@ -83,7 +87,7 @@ class TestFiles:
 
         names = run(tmp_path, [0.1, 0.5, 0.4, 0.3], keep=keep, before=look)
 
-        assert names == ["0 best.pt", "0 copy.pt", "0 hard.pt", "1.pt", "4.pt", "best.pt"]
+        assert names == ["0 best.pt", "0 copy.pt", "0 hard.pt", "1.pt", "4.pt", "best.pt", "renamed.pt"]
 
     def test_failed_save_costs_no_file(self, tmp_path):
         """Where new files could not be written, those before stay, however many saves were asked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainbus.agreement import Agreement
@@ -83,7 +83,6 @@ class RunSaving(RunPosition):
         score: float | None = None,
         removals: Sequence[str] = (),
         keep: Retention | None = None,
-        keep_among: Callable[[str], bool] | None = None,
         interrupted: bool = False,
         full_state: bool = False,
     ) -> PendingSave:
@@ -110,10 +109,7 @@ class RunSaving(RunPosition):
             score: The monitored metric's value.
             removals: Files to remove once this one is durable.
             keep: Which of the files of *stream* and this run (and those it continues) stay then, by
-                what is in the folder; the others are removed on the writer thread. Links are left alone.
-            keep_among: Tells by a file's name, without its folder, whether *keep* speaks of it; by default
-                of each. Others stay and do not count, such as copies that somebody has made. Called on
-                the writer thread.
+                what is in the folder; the others are removed on the writer thread. Links and copies stay.
             interrupted: Mark the file as saved amid a batch that an exception ended. It is taken at once,
                 also while gradients accumulate, and `resume` passes it over unless it is asked for. Not
                 collective: rank 0 writes what it has, for the others may never come; a divided state is
@@ -128,7 +124,7 @@ class RunSaving(RunPosition):
             RankError: If not all ranks call it.
         """
         request = SaveRequest(
-            stream, logs or {}, monitor, mode, score, removals, keep, interrupted, full_state, keep_among
+            stream, logs or {}, monitor, mode, score, removals, keep, interrupted, full_state
         )
         return self._saves.ask(path, weights_only, request, postpone=not interrupted)
 

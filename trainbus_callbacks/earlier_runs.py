@@ -18,27 +18,26 @@ from trainbus_callbacks.best_score import Mode, Standing
 from trainbus_callbacks.naming import NameTemplate
 from trainbus_callbacks.scalars import describe
 
-__all__ = ["reconcile", "saved_since", "warning_of_other_runs"]
+__all__ = ["best_there", "reconcile", "warning_of_other_runs"]
 
 logger = logging.getLogger("trainbus")
 
 
-def reconcile(standing: Standing, monitor: str | None, folder: str) -> Standing:
+def reconcile(standing: Standing, monitor: str | None, template: NameTemplate) -> Standing:
     """
     Return *standing* as far as the file at its ``best_path`` bears it out.
 
-    A file that is gone from there is looked for in *folder* (the folder was moved). What the
+    A file that is gone from there is looked for where *template* puts them (the folder was moved). What the
     file says of its own score counts more than *standing*.
 
     Warns:
-        RuntimeWarning: If there is no such file, or it does not tell: the best is forgotten, so that
-            the next finite value is saved.
+        RuntimeWarning: If there is no such file, or it does not tell: the best is forgotten.
     """
     path = standing.best_path
     if path is None or monitor is None:
         return standing
     if not os.path.exists(path):
-        path = os.path.join(_prefix(folder), os.path.basename(path))
+        path = template.path_of(os.path.basename(path))
     try:
         score = _score(read_manifest(path), monitor)
         problem = f"it does not tell a finite {monitor}"
@@ -49,7 +48,7 @@ def reconcile(standing: Standing, monitor: str | None, folder: str) -> Standing:
     if score is None or not math.isfinite(score):
         warnings.warn(
             f"The file {standing.best_path!r} of the best {monitor} ({standing.best_score}) is lost: "
-            f"{problem}. That best is forgotten and the next finite {monitor} is saved. "
+            f"{problem}. That best is forgotten, and what is better than the best file there is counts. "
             "Put the file back to keep it.",
             RuntimeWarning,
             stacklevel=3,
@@ -66,7 +65,7 @@ def reconcile(standing: Standing, monitor: str | None, folder: str) -> Standing:
     return replace(standing, best_score=score, best_path=path)
 
 
-def saved_since(
+def best_there(
     template: NameTemplate, stream: str, runs: Collection[str], monitor: str, mode: Mode
 ) -> Standing:
     """
@@ -75,11 +74,14 @@ def saved_since(
     A checkpoint that another callback took has this one's state from before its own save of that moment.
 
     Args:
-        template: Of the files' names; links and copies under others do not count.
+        template: Says where they lie.
         stream: Who saved them.
         runs: Ids of the runs that this one continues.
         monitor: The metric that they were judged by.
         mode: In which direction.
+
+    Raises:
+        OSError: The folder cannot be read.
     """
     files = [
         file
@@ -87,14 +89,13 @@ def saved_since(
         if file.manifest.stream == stream
         and file.manifest.run_id in runs
         and (file.manifest.monitor, file.manifest.mode) == (monitor, mode)
-        and template.matches(os.path.basename(file.path))
-        and not file.is_link
+        and file.is_original
     ]
     best = KeepBest(1).kept(files)
     if not best:
         return Standing()
     last = files[-1].manifest
-    path = os.path.join(_prefix(template.folder), os.path.basename(best[0].path))
+    path = template.path_of(os.path.basename(best[0].path))
     return Standing(best[0].manifest.score, path, last.epoch, last.global_step)
 
 
@@ -117,10 +118,6 @@ def warning_of_other_runs(template: NameTemplate, run_id: str, monitor: str | No
         f"To continue that run, call handler.resume({template.folder!r}) before training; "
         "to keep its files, save to another folder."
     )
-
-
-def _prefix(folder: str) -> str:
-    return "" if folder == os.curdir else folder
 
 
 def _score(manifest: Manifest | None, monitor: str) -> float | None:

@@ -103,6 +103,10 @@ class NameTemplate:
         """The template with its folder made absolute, to tell if two are the same."""
         return os.path.join(os.path.abspath(self.folder), self.last)
 
+    def path_of(self, filename: str) -> str:
+        """Return the path of a file of this name, as `fill` writes it."""
+        return self._prefix + filename
+
     @property
     def fields(self) -> tuple[str, ...]:
         """The names of the fields, in order."""
@@ -140,7 +144,7 @@ class NameTemplate:
         if len(os.fsencode(name)) > MAX_NAME_BYTES:
             short = [_value(field._replace(spec=_SHORT_SPEC), values) for field in self._fields()]
             name = self._assemble(short, suffix, nearest)
-        return FilledName(self._prefix + name, missing)
+        return FilledName(self.path_of(name), missing)
 
     def matches(self, filename: str) -> bool:
         """Tell whether *filename* (without folder) can have been written under this template."""

@@ -14,7 +14,7 @@ from trainbus.checkpoint.retention import Retention
 from trainbus.errors import PayloadError
 from trainbus_callbacks.arguments import checked_keep
 from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, is_comparable, resolve_mode
-from trainbus_callbacks.earlier_runs import reconcile, saved_since
+from trainbus_callbacks.earlier_runs import best_there, reconcile
 from trainbus_callbacks.saving_advice import SavingAdvice
 from trainbus_callbacks.saving_callback import SavingCallback
 from trainbus_callbacks.saving_choice import Choice, Chooser
@@ -62,7 +62,7 @@ class ModelCheckpoint(SavingCallback):
         keep:
             Which of this callback's files stay once a new one is durable: `KeepLast(3)`, `KeepBest(2)`,
             `KeepEvery(epochs=10)`, or several with ``|``; by default all. The best file and the
-            newest always stay, and what *filepath* does not name: copies and links.
+            newest always stay, and links and copies.
 
         name: What the state is saved under; by default `state_key` is made of the arguments.
 
@@ -158,7 +158,11 @@ class ModelCheckpoint(SavingCallback):
     # -- events
 
     def on_train_begin(self, handler: Any) -> None:
-        """Refuse a name that another callback saves under, and warn of another run's files."""
+        """
+        Refuse a name that another callback saves under, and warn of another run's files.
+
+        After a resume, look for a better file than the loaded state knows of.
+        """
         if _takes_part(handler):
             self._last_due = time.monotonic()
             self.refuse_name_of_another(handler)
@@ -257,7 +261,7 @@ class ModelCheckpoint(SavingCallback):
             state.get("last_step_saved"),
         )
         if ranks.rank() == 0:
-            standing = reconcile(standing, self.monitor, self._template.folder)
+            standing = reconcile(standing, self.monitor, self._template)
         self._ledger.restore(standing, threshold_passed=bool(state.get("threshold_passed")))
         self._was_loaded = True
 
@@ -298,12 +302,17 @@ class ModelCheckpoint(SavingCallback):
             self._save(handler, choice.path, choice, moment)
 
     def _look_for_better(self, handler: Any) -> None:
-        """Take up what this callback has saved behind the loaded state, by the files. Reads the folder."""
+        """Count a better file than the loaded state knows of. Reads the folder."""
         was_loaded, self._was_loaded = self._was_loaded, False
-        if was_loaded and self.monitor is not None and handler.rank == 0:
-            found = saved_since(self._template, self.state_key, handler.lineage, self.monitor, self.mode)
-            if self._ledger.overtake(found):
-                self._advice.of_later_best(found)
+        if not was_loaded or self.monitor is None or handler.rank != 0:
+            return
+        try:
+            found = best_there(self._template, self.state_key, handler.lineage, self.monitor, self.mode)
+        except OSError as error:
+            self._advice.of_unread_folder(error)
+            return
+        if self._ledger.overtake(found):
+            self._advice.of_best_there(found)
 
     def _reserve(self, handler: Any) -> None:
         if not self._shared:
@@ -324,7 +333,6 @@ class ModelCheckpoint(SavingCallback):
                 mode=self._judged_by,
                 score=choice.score,
                 keep=self.keep,
-                keep_among=self._template.matches,
                 full_state=self.full_state,
             )
         except BaseException:

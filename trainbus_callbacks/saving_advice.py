@@ -83,13 +83,16 @@ class SavingAdvice:
                 "%s: %s improved from %s to %s", where, self._monitor, describe(before), describe(best)
             )
 
-    def of_later_best(self, standing: Standing) -> None:
-        """Tell that a file from behind the loaded state holds the best."""
-        logger.info(
-            "%r was saved after the loaded state and is the best: %s %s.",
-            standing.best_path,
-            self._monitor,
-            standing.best_score,
+    def of_best_there(self, standing: Standing) -> None:
+        """Tell of a file that is better than the loaded state knows of."""
+        assert standing.best_score is not None
+        score = describe(standing.best_score)
+        logger.info("%r is there and is the best: %s %s", standing.best_path, self._monitor, score)
+
+    def of_unread_folder(self, error: OSError) -> None:
+        """Tell that nobody knows if there is a better file than the loaded state knows of."""
+        logger.warning(
+            "Cannot look into %r for a better file than the loaded best: %s.", self._template.folder, error
         )
 
     def of_missing_fields(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import math
@@ -161,7 +162,7 @@ class TestReconcile:
         assert checkpoint.best_path == "runs/best.pt"
 
 
-class TestSavedSince:
+class TestBestThere:
     """The state that another callback's checkpoint has of this one may be behind its files."""
 
     def resume(self, checkpoint, score, *, resumed=True, lineage=("before",)):
@@ -187,10 +188,7 @@ class TestSavedSince:
         self.files(checkpoint, 0.5, 0.2, 0.3)
 
         assert self.resume(checkpoint, 0.5) == (0.2, "runs/2.pt")
-        assert (
-            caplog.text.count("'runs/2.pt' was saved after the loaded state and is the best: val_loss 0.2")
-            == 1
-        )
+        assert caplog.text.count("'runs/2.pt' is there and is the best: val_loss 0.20000") == 1
         assert saves(checkpoint, 0.4, 0.1) == [0.1]
 
     @pytest.mark.parametrize("scores", [(0.5, 0.7), (0.5, math.nan), (0.5,)])
@@ -245,6 +243,28 @@ class TestSavedSince:
 
         assert (best.best_score, best.best_path) == (0.1, "runs/best_2.pt")
         assert sorted(os.listdir("runs")) == ["best_1.pt", "best_2.pt", "last.pt"]
+
+    def test_unreadable_folder(self, caplog, monkeypatch):
+        """Where the folder cannot be looked into the loaded best counts, and the log says so."""
+
+        def scandir(path):
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        checkpoint = best_only("runs/{epoch}.pt")
+        write("runs/1.pt", monitor="val_loss", mode="min", score=0.5)
+
+        assert self.resume(checkpoint, 0.5) == (0.5, "runs/1.pt")
+        assert "Cannot look into 'runs' for a better file than the loaded best" in caplog.text
+
+    def test_written_with_a_dot(self):
+        """The path is written as the files' names are made."""
+        checkpoint = best_only("./{epoch}.pt")
+        given = {"run_id": "before", "stream": checkpoint.state_key, "monitor": "val_loss", "mode": "min"}
+        for number, score in ((1, 0.5), (2, 0.2)):
+            write(f"{number}.pt", score=score, sequence=number, **given)
+
+        assert self.resume(checkpoint, 0.5)[1] == "./2.pt"
 
 
 class TestOtherRuns:

@@ -117,7 +117,8 @@ class TestLatest:
         """A link to a checkpoint is listed as what it is; files from elsewhere can be resumed from by one."""
         write(tmp_path / "elsewhere" / "a.pt", {}, sequence=1)
         (tmp_path / "link.pt").symlink_to(tmp_path / "elsewhere" / "a.pt")
-        (tmp_path / "gone.pt").symlink_to("nothing.pt")
+        for name, target in (("gone.pt", "nothing.pt"), ("loop.pt", "loop.pt"), ("through.pt", "link.pt/x")):
+            (tmp_path / name).symlink_to(target)
         [file] = CheckpointFolder(tmp_path)
 
         assert file.is_link and file == CheckpointFolder(tmp_path).latest()

@@ -96,6 +96,17 @@ class TestPlainFile:
             assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").is_file()
         assert number > 15
 
+    @pytest.mark.parametrize("inside", [[], [".metadata", "__0_0.distcp"]])
+    def test_folder_of_nothing_of_ours_stays(self, tmp_path, inside):
+        """Nor is an empty folder replaced, or one of torch.distributed.checkpoint, by a file."""
+        (tmp_path / "a").mkdir()
+        for name in inside:
+            (tmp_path / "a" / name).write_text("dear")
+        with pytest.raises(FileExistsError, match="is no checkpoint of trainbus"):
+            save_file(tmp_path / "a", 1, Disk())
+
+        assert sorted(os.listdir(tmp_path / "a")) == inside and os.listdir(tmp_path) == ["a"]
+
     def test_foreign_folder_stays(self, tmp_path):
         """A folder with anything else in it is refused, and nothing of it is touched."""
         save(tmp_path / "a", 0)
@@ -157,6 +168,17 @@ class TestCommit:
             save(tmp_path / "a", 1, FaultyDisk(errno.EIO, calls=["fsync_folder"], at=2))
 
         assert step_of(tmp_path / "a") == 1
+
+    def test_old_one_outlives_a_name_that_was_not_synced(self, tmp_path):
+        """Where a power cut may bring the old checkpoint back, it stays whole until the next sweep."""
+        save(tmp_path / "a", 1)
+        with pytest.raises(UnsyncedNameError):
+            save(tmp_path / "a", 2, FaultyDisk(errno.EROFS, calls=["fsync_folder"], at=2))
+
+        (old,) = (path for path in tmp_path.iterdir() if path.name != "a")
+        assert (step_of(tmp_path / "a"), step_of(old)) == (2, 1)
+        sweep(str(tmp_path), Disk())
+        assert os.listdir(tmp_path) == ["a"]
 
     def test_replaces_a_file(self, tmp_path):
         """A plain checkpoint of the same name is replaced as well."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 from trainbus import Handler, read_manifest
 from trainbus.checkpoint.commit import commit
 from trainbus.cli.app import app
+from trainbus.testing import FaultyDisk
 
 
 def prune(*arguments):
@@ -127,13 +130,25 @@ class TestRules:
         assert names(tmp_path) == before
 
     def test_links(self, tmp_path):
-        """Links neither count nor go, and what they lead to is judged by itself."""
+        """Links and copies neither count nor go, and what they lead to is judged by itself."""
         write(tmp_path, [0.1, 0.2, 0.3])
         for name, target in (("a.pt", "m0.pt"), ("latest.pt", "m2.pt"), ("z.pt", "m2.pt")):
             (tmp_path / name).symlink_to(target)
-        prune(tmp_path, "--keep-last", 1, "--keep-best", "val_loss:1")
+        shutil.copy(tmp_path / "m1.pt", tmp_path / "copy.pt")
+        _, _, told = prune(tmp_path, "--keep-last", 1, "--keep-best", "val_loss:1")
 
-        assert names(tmp_path) == ["a.pt", "latest.pt", "m0.pt", "m2.pt", "z.pt"]
+        assert names(tmp_path) == ["a.pt", "copy.pt", "latest.pt", "m0.pt", "m2.pt", "z.pt"]
+        assert "1 of 3 checkpoints removed" in told
+
+    def test_file_that_cannot_be_removed(self, tmp_path):
+        """It is named with the reason, the others go, and the exit code tells."""
+        write(tmp_path, [0.1, 0.2, 0.3, 0.4], monitor=None)
+        with FaultyDisk(errno.EACCES, calls=["unlink"]):
+            code, lines, told = prune(tmp_path, "--keep-last", 1)
+
+        assert code == 1 and names(tmp_path) == ["m0.pt", "m3.pt"]
+        assert lines == [f"removed  {tmp_path}/m1.pt", f"removed  {tmp_path}/m2.pt"]
+        assert "m0.pt: Permission denied" in told and "2 of 4 checkpoints removed" in told
 
     def test_json(self, tmp_path):
         """With --json each removed file is an object with its size."""

@@ -43,7 +43,8 @@ def commit(
 
     Args:
         path: Where to; ``~`` is understood.
-        manifest: Goes to the file's end; size, digest and durability are filled in.
+        manifest: Goes to the file's end; size, digest and durability are filled in, and the name if it has
+            none.
         serialize: Writes a zip with an empty comment into the file object it is given,
             e.g. ``lambda stream: torch.save(state, stream)``. Called once, on this thread.
         disk: What writes; by default the one in use.
@@ -64,7 +65,8 @@ def commit(
     folder_path, name = _split(path)
     folder = disk.open_folder(folder_path)
     try:
-        manifest = replace(manifest, durability=durability_of(disk, folder, folder_path))
+        durability = durability_of(disk, folder, folder_path)
+        manifest = replace(manifest, name=manifest.name or name, durability=durability)
         with create_temporary(disk, folder, name) as (temporary, fd):
             final = _write(disk, fd, manifest, serialize, behind or WriteBehind(most=0), at_least)
             replaced = _put_in_place(disk, folder, temporary, name)

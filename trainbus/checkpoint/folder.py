@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -14,7 +13,7 @@ from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_format import is_sharded, read_sharded
 from trainbus.errors import CheckpointCorruptError
 
-__all__ = ["CheckpointFile", "CheckpointFolder", "best_of", "latest_of", "ranked"]
+__all__ = ["CheckpointFile", "CheckpointFolder", "best_of", "is_file", "latest_of", "ranked"]
 
 _log = logging.getLogger("trainbus")
 _ZIP_START = b"PK\x03\x04"
@@ -40,6 +39,11 @@ class CheckpointFile:
     def is_resumable(self) -> bool:
         """Whether a run can be resumed from it."""
         return self.manifest.contents == "state" and not self.manifest.interrupted
+
+    @property
+    def is_original(self) -> bool:
+        """Whether it is what a save has put there: no link, nor a copy or a file that was renamed."""
+        return not self.is_link and self.manifest.name in ("", os.path.basename(self.path))
 
 
 def latest_of(files: Iterable[CheckpointFile]) -> CheckpointFile | None:
@@ -114,8 +118,8 @@ class CheckpointFolder:
                 visible = [entry for entry in entries if not entry.name.startswith(".")]
         except FileNotFoundError:
             return []
-        files = [(entry, False) for entry in visible if _is_file(entry)]
-        return files + [(entry, True) for entry in visible if not _is_file(entry) and is_sharded(entry.path)]
+        files = [(entry, False) for entry in visible if is_file(entry)]
+        return files + [(entry, True) for entry in visible if not is_file(entry) and is_sharded(entry.path)]
 
     def _read(self, path: str, sharded: bool) -> Manifest | None:
         try:
@@ -129,11 +133,12 @@ class CheckpointFolder:
             return None
 
 
-def _is_file(entry: os.DirEntry[str]) -> bool:
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Tell whether *entry* is a file or a link to one; a link that leads nowhere is none, for any reason."""
     try:
         return entry.is_file()
-    except OSError as error:
-        if error.errno == errno.ELOOP:  # a link to itself leads to no file
+    except OSError:
+        if entry.is_symlink():
             return False
         raise
 

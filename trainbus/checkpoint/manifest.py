@@ -45,6 +45,7 @@ class Manifest:
         format: Version of the file format.
         size: Bytes of the whole file, this manifest included.
         digest: xxh3-128 of the whole file as 32 lower-case hex digits.
+        name: What the file or folder is called, as it was written; copies and links may be called otherwise.
         contents: ``"state"`` (all that a handler resumes from), ``"weights"`` or ``"object"``.
         run_id: The run that wrote it; ``parents`` are those it was resumed from, oldest first.
         stream: Key of the callback that asked for it, or empty.
@@ -64,6 +65,7 @@ class Manifest:
     format: int = FORMAT_VERSION
     size: int = 0
     digest: str = NO_DIGEST
+    name: str = ""
     contents: str
     run_id: str = ""
     parents: tuple[str, ...] = ()
@@ -215,6 +217,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "format": _count,
     "size": _count,
     "digest": _text,
+    "name": _text,
     "contents": _contents,
     "run_id": _text,
     "parents": _texts,

@@ -141,16 +141,16 @@ def superfluous(files: Sequence[CheckpointFile], keep: Retention) -> list[str]:
     Return the paths of those of *files* that need not stay, oldest first.
 
     The best one always stays, and the newest: a run can be continued from it, and a rule under which no
-    file stays, such as the best where none has a score, would remove each once it is written. Links stay
-    and do not count: what they lead to may be one of the others, and would go if the link were kept for it.
+    file stays, such as the best where none has a score, would remove each once it is written. Links and
+    copies stay and do not count: the file itself would go if one of them were kept in its place.
 
     Args:
         files: Of one stream and one run, in order of ``sequence``.
         keep: What stays.
     """
-    real = [file for file in files if not file.is_link]
-    staying = {file.path for file in (keep | KeepBest(1) | KeepLast(1)).kept(real)}
-    return [file.path for file in real if file.path not in staying]
+    originals = [file for file in files if file.is_original]
+    staying = {file.path for file in (keep | KeepBest(1) | KeepLast(1)).kept(originals)}
+    return [file.path for file in originals if file.path not in staying]
 
 
 def _check_positive(name: str, number: object) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from trainbus.checkpoint.disk import Disk
@@ -103,7 +104,7 @@ class PendingFolder:
         as ``NAME.….trainbus.old``, which is read like any other.
 
         Args:
-            manifest: Size and digest are filled in.
+            manifest: Name, size and digest are filled in.
             written: All the files, of all ranks, each synced by who wrote it.
             behind: Lets writes go on while the next bytes are made ready.
 
@@ -113,6 +114,7 @@ class PendingFolder:
             OSError: The first thing the disk refused. The old checkpoint is untouched.
         """
         disk, digests = self._disk, {name: one.digest for name, one in written.items()}
+        manifest = replace(manifest, name=self._final_name)
         final, listed, text = seal_folder(manifest, digests, sum(one.size for one in written.values()))
         folder = disk.enter_folder(self.parent, self.name)
         try:
@@ -127,6 +129,10 @@ class PendingFolder:
         try:
             disk.fsync_folder(self.parent)
         except OSError as error:
+            if replaced is None:
+                # It may come back after a power cut, so `close` must not empty it.
+                with contextlib.suppress(OSError):
+                    disk.rename(self.parent, self.name, replaced_name(self._final_name))
             raise UnsyncedNameError(error.errno, error.strerror or str(error)) from error
         if replaced is not None:
             # Not worth failing for: the next sweep removes it.
@@ -173,6 +179,12 @@ def put_in_place_of_folder(disk: Disk, folder: int, new: str, name: str) -> str:
         OSError: The disk refused, and the old one stands as before.
     """
     _refuse_foreign(disk, folder, name)
+    if not _has_list(disk, folder, name):
+        raise FileExistsError(
+            errno.EEXIST,
+            "the folder is no checkpoint of trainbus. Give the file a name of its own, or inside of it",
+            name,
+        )
     return _move_aside(disk, folder, new, name)
 
 
@@ -186,6 +198,14 @@ def _move_aside(disk: Disk, folder: int, new: str, name: str) -> str:
         disk.rename(folder, old, name)
         raise
     return old
+
+
+def _has_list(disk: Disk, folder: int, name: str) -> bool:
+    inside = disk.enter_folder(folder, name)
+    try:
+        return DIGESTS in disk.names(inside)
+    finally:
+        _close_quietly(disk, inside)
 
 
 def _refuse_foreign(disk: Disk, folder: int, name: str) -> None:

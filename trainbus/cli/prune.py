@@ -46,7 +46,8 @@ def run(
 
     The rules hold for each stream (who asked for the saves) of each run and those it continues by
     itself, as `ModelCheckpoint` applies them. Of each its newest file and the best by what it was judged
-    by always stay. Damaged files, interrupted ones, those that are no run's, and links are left alone.
+    by always stay. Damaged files, interrupted ones, those that are no run's, links and copies
+    are left alone.
 
     Args:
         folder: Where they are.
@@ -58,13 +59,14 @@ def run(
 
     Raises:
         typer.BadParameter: *folder* is none, or there is no rule, or one cannot be read.
+        typer.Exit: With code 1, after the others, if a file could not be removed.
     """
     if not os.path.isdir(os.path.expanduser(folder)):
         raise typer.BadParameter(f"{folder!r} is no folder. `prune` takes a folder of checkpoints.")
     files = [
         file
         for file in CheckpointFolder(folder)
-        if file.manifest.contents != "object" and not file.manifest.interrupted
+        if file.manifest.contents != "object" and not file.manifest.interrupted and file.is_original
     ]
     rules: list[Retention] = [_best_rule(text, files) for text in keep_best]
     rules += [KeepLast(keep_last)] if keep_last else []
@@ -75,24 +77,30 @@ def run(
         )
     keep = functools.reduce(operator.or_, rules)
     gone = {path for group in _groups(files) for path in superfluous(group, keep)}
-    freed = 0
-    for file in files:
-        if file.path in gone:
-            freed += _remove(file, dry_run, as_json)
+    chosen = [file for file in files if file.path in gone]
+    removed = [file for file in chosen if _remove(file, dry_run, as_json)]
     if not as_json:
         done = "would be removed" if dry_run else "removed"
-        print(f"{len(gone)} of {len(files)} checkpoints {done}, {freed / 1e6:,.1f} MB.", file=sys.stderr)
+        freed = sum(file.manifest.size for file in removed) / 1e6
+        print(f"{len(removed)} of {len(files)} checkpoints {done}, {freed:,.1f} MB.", file=sys.stderr)
+    if len(removed) < len(chosen):
+        raise typer.Exit(1)
 
 
-def _remove(file: CheckpointFile, dry_run: bool, as_json: bool) -> int:
-    if not dry_run:
-        remove(file.path)
-    size = file.manifest.size
+def _remove(file: CheckpointFile, dry_run: bool, as_json: bool) -> bool:
+    """Remove one, unless it is a dry run, and say so; return False, and say why, if it stays."""
+    try:
+        if not dry_run:
+            remove(file.path)
+    except OSError as error:
+        print(f"Cannot remove {printable(file.path)}: {error.strerror or error}.", file=sys.stderr)
+        return False
     if as_json:
-        print(json.dumps({"path": file.path, "size": size, "removed": not dry_run}), flush=True)
+        facts = {"path": file.path, "size": file.manifest.size, "removed": not dry_run}
+        print(json.dumps(facts), flush=True)
     else:
         print(f"{'would remove' if dry_run else 'removed'}  {printable(file.path)}", flush=True)
-    return size
+    return True
 
 
 def _groups(files: Sequence[CheckpointFile]) -> Iterator[list[CheckpointFile]]:

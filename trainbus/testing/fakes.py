@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ class FakeSave:
     delivered before the next one emitted, and complete `pending`.
 
     Attributes:
-        path, weights_only, stream, logs, monitor, mode, score, removals, keep, keep_among, interrupted,
+        path, weights_only, stream, logs, monitor, mode, score, removals, keep, interrupted,
         full_state: As asked for.
         pending: What the one who asked was given.
         epoch: Of the handler at the request; 0-based.
@@ -56,7 +56,6 @@ class FakeSave:
     bus: EventBus = field(repr=False)
     run_id: str
     sequence: int
-    keep_among: Callable[[str], bool] | None = None
     interrupted: bool = False
     full_state: bool = False
 
@@ -64,6 +63,7 @@ class FakeSave:
     def manifest(self) -> Manifest:
         """What the file would say of itself."""
         return Manifest(
+            name=os.path.basename(self.path),
             contents="weights" if self.weights_only else "state",
             run_id=self.run_id,
             stream=self.stream,
@@ -216,7 +216,6 @@ class FakeHandler:
         score: float | None = None,
         removals: Sequence[str] = (),
         keep: Retention | None = None,
-        keep_among: Callable[[str], bool] | None = None,
         interrupted: bool = False,
         full_state: bool = False,
     ) -> PendingSave:
@@ -236,7 +235,6 @@ class FakeHandler:
             score=score,
             removals=tuple(removals),
             keep=keep,
-            keep_among=keep_among,
             pending=pending,
             epoch=self.epoch,
             global_step=self.global_step,
