@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus": {"trainbus."},  # lazily: see test_costs_no_torch
     # leaves
     "trainbus.errors": set(),
-    "trainbus.ranks": {"trainbus.rank_table"},
+    "trainbus.ranks": {"trainbus.errors", "trainbus.rank_table"},
     "trainbus.rank_table": {"trainbus.errors"},
     "trainbus.unwrap": set(),
     "trainbus.claims": set(),
@@ -159,12 +159,18 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.sharded_format",
         "trainbus.checkpoint.sharded_state",
     },
-    "trainbus.checkpoint.sharded_load": {
+    "trainbus.checkpoint.sharded_contents": {
         *FILE,
-        "trainbus.checkpoint.outline",
         "trainbus.checkpoint.sharded_format",
         "trainbus.checkpoint.sharded_state",
         "trainbus.checkpoint.verify",
+    },
+    "trainbus.checkpoint.sharded_load": {
+        *FILE,
+        "trainbus.checkpoint.outline",
+        "trainbus.checkpoint.sharded_contents",
+        "trainbus.checkpoint.sharded_format",
+        "trainbus.checkpoint.sharded_state",
     },
     "trainbus.checkpoint.sharded": {"trainbus.errors", "trainbus.checkpoint."},
     "trainbus.checkpoint.temporary": {"trainbus.checkpoint.disk"},
@@ -253,6 +259,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.background_writer",
         "trainbus.checkpoint.manifest",
         "trainbus.checkpoint.folder",
+        "trainbus.checkpoint.sharded_format",
         "trainbus.state.",
     },
     "trainbus.save_reports": {

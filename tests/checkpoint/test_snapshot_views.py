@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainbus.checkpoint.snapshot_plan import addresses_of, make_plan
-from trainbus.checkpoint.snapshot_views import Views, views_of
+from trainbus.checkpoint.snapshot_views import Views, numbers_of, views_of
 from trainbus.checkpoint.staging_memory import StagingMemory
 
 
@@ -40,7 +40,7 @@ class TestPlaces:
 
         for section in views.plan.sections:
             targets, sources = views.pairs(section, tensors)
-            places = views.places(section, addresses_of(tensors))
+            places = views.places(section, numbers_of(addresses_of(tensors)))
 
             assert places.targets.tolist() == [one.data_ptr() for one in targets]
             assert places.sources.tolist() == [one.data_ptr() for one in sources]
@@ -55,7 +55,7 @@ class TestPlaces:
         addresses = addresses_of(tensors)
 
         found = [
-            (section.waits, views.places(section, addresses).sources.tolist())
+            (section.waits, views.places(section, numbers_of(addresses)).sources.tolist())
             for section in views.plan.sections
         ]
 

@@ -54,7 +54,9 @@ class HostMove:
 
     def parts(self) -> list[HostMove]:
         """Return it in parts of which two threads can take turns; one part where that is not worth it."""
-        if sum(map(attrgetter("nbytes"), self.targets)) < _WORTH_SHARING:
+        places, targets = self.places, self.targets
+        size = sum(map(attrgetter("nbytes"), targets)) if places is None else places.sizes.sum()
+        if size < _WORTH_SHARING:
             return [self]
         count = -(-len(self.targets) // _PARTS)
         return [self._part(start, start + count) for start in range(0, len(self.targets), count)]

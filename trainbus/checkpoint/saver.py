@@ -30,7 +30,6 @@ from trainbus.checkpoint.temporary import Sweeper
 from trainbus.checkpoint.throttle import Throttle
 from trainbus.checkpoint.warm_up import WarmUp
 from trainbus.checkpoint.write_behind import WriteBehind
-from trainbus.errors import CheckpointWriteError
 
 __all__ = ["Saver"]
 
@@ -126,9 +125,7 @@ class Saver:
             with record_function("trainbus: snapshot"), collector.paused():
                 snapshot = self._take(collect(), tuple(optimizers), pending.times)
         except BaseException as error:
-            failure = CheckpointWriteError(pending.path, pending.global_step, error)
-            failure.__cause__ = error
-            self.writer.fail(pending, failure)
+            self.writer.fail(pending, error)
             if not isinstance(error, Exception):  # Ctrl-C goes on, but later saves must not wait for this one
                 raise
             return

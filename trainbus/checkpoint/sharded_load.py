@@ -5,42 +5,29 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import filesystem as dcp_filesystem
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.outline import TensorOutline
-from trainbus.checkpoint.sharded_format import METADATA, ShardedFiles, read_sharded, where_it_stands
-from trainbus.checkpoint.sharded_state import STRUCTURE, flatten, names_in, part_of, unflatten
-from trainbus.checkpoint.verify import check_shards
+from trainbus.checkpoint.sharded_contents import ShardedContents, open_contents
+from trainbus.checkpoint.sharded_format import METADATA
+from trainbus.checkpoint.sharded_state import flatten, names_in, part_of
 from trainbus.errors import CheckpointCorruptError, RankFailedError, StateMismatchError
 
 __all__ = ["ALIGNMENT", "load_into", "load_sharded", "read_sharded_outline", "size_of"]
 
 ALIGNMENT = 64
 """Bytes at whose multiples `size_of` has tensors begin; enough for every type."""
-
-_METADATA_CLASSES = {
-    *((dcp_metadata.__name__, name) for name in dcp_metadata.__all__),
-    (dcp_metadata.__name__, "_MEM_FORMAT_ENCODING"),
-    (dcp_filesystem.__name__, "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-}
 
 
 def load_sharded(
@@ -69,9 +56,9 @@ def load_sharded(
         CheckpointCorruptError: It is damaged, or no sharded checkpoint of ours.
         OSError: It cannot be read.
     """
-    contents = _open(path, lambda files: files.digests if verify else (METADATA,))
+    contents = open_contents(path, lambda files: files.digests if verify else (METADATA,))
     sizes = contents.tensors()
-    make = allocate or (lambda size, dtype: torch.empty(size, dtype=dtype))
+    make = allocate or (lambda size, dtype: torch.empty(size, dtype=dtype, device="cpu"))
     tensors = {name: make(one.size, one.properties.dtype) for name, one in sizes.items()}
     _read_into(tensors, contents, None)
     if map_location is not None:
@@ -87,7 +74,7 @@ def size_of(path: str | os.PathLike[str]) -> int:
     Raises:
         CheckpointCorruptError: The metadata is damaged.
     """
-    contents = _open(path, lambda files: (METADATA,))
+    contents = open_contents(path, lambda files: (METADATA,))
     sizes = (math.prod(one.size) * one.properties.dtype.itemsize for one in contents.tensors().values())
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
@@ -101,7 +88,7 @@ def read_sharded_outline(path: str | os.PathLike[str]) -> Any:
     Raises:
         CheckpointCorruptError: The metadata is damaged.
     """
-    contents = _open(path, lambda files: (METADATA,))
+    contents = open_contents(path, lambda files: (METADATA,))
     outlines: dict[str, Any] = {
         name: TensorOutline(
             str(one.properties.dtype).removeprefix("torch."),
@@ -152,7 +139,7 @@ def load_into(
     problem: tuple[str, ...] | None = None
     try:
         # Each rank checks its share, and each the metadata that it unpickles.
-        contents = _open(
+        contents = open_contents(
             path, lambda files: {METADATA, *(sorted(files.digests)[rank::ranks] if verify else ())}
         )
         structure = contents.structure if keys is None else part_of(contents.structure, keys)
@@ -170,46 +157,10 @@ def load_into(
     return state, contents.files.manifest
 
 
-@dataclass
-class _Contents:
-    """
-    A checkpoint whose metadata is known to be ours.
-
-    Attributes:
-        structure: As `flatten` made it on rank 0.
-        others: The tensors that it has by index.
-    """
-
-    path: str
-    files: ShardedFiles
-    metadata: Metadata
-    structure: Any
-    others: list[torch.Tensor]
-
-    def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Return what is known of each tensor, by name."""
-        found = self.metadata.state_dict_metadata
-        return {name: one for name, one in found.items() if isinstance(one, TensorStorageMetadata)}
-
-    def state_of(
-        self, structure: Any, tensors: Mapping[str, Any], only: Collection[str] | None = None
-    ) -> Any:
-        """Put a state together; of tensors that only other ranks than 0 had, the names say where they go."""
-        try:
-            state = unflatten(structure, tensors, self.others)
-            known = set(names_in(self.structure))
-            for name, keys in (self.metadata.planner_data or {}).items():
-                if name in tensors and name not in known and (only is None or keys[0] in only):
-                    set_element(state, keys, tensors[name])
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-            raise CheckpointCorruptError(self.path, f"its structure is none ({error})") from error
-        return state
-
-
 class _Reader(FileSystemReader):
     """Torch's reader, of metadata that was read already."""
 
-    def __init__(self, contents: _Contents) -> None:
+    def __init__(self, contents: ShardedContents) -> None:
         super().__init__(contents.path)
         self._metadata = contents.metadata
 
@@ -229,64 +180,10 @@ class _Planner(DefaultLoadPlanner):
         raise CheckpointException(f"{read_item.dest_index.fqn} is no tensor", {})
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes that metadata is made of, and no others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return one of those, or a dtype."""
-        if (module, name) in _METADATA_CLASSES or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def _open(path: str | os.PathLike[str], to_check: Callable[[ShardedFiles], Collection[str]]) -> _Contents:
-    path = where_it_stands(path)
-    files = read_sharded(path)
-    check_shards(path, files, to_check(files))
-    with open(os.path.join(path, METADATA), "rb") as file:
-        content = file.read()
-    try:
-        return _contents_of(path, files, content)
-    except (CheckpointCorruptError, OSError):
-        raise
-    except Exception as error:  # whatever a pickle that nobody wrote can bring about
-        raise CheckpointCorruptError(path, f"its {METADATA} is not what trainbus writes ({error})") from error
-
-
-def _contents_of(path: str, files: ShardedFiles, content: bytes) -> _Contents:
-    metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-    places = metadata.storage_data
-    strange = {place.relative_path for place in places.values()} - set(files.digests)
-    if strange:
-        raise CheckpointCorruptError(
-            path, f"its {METADATA} names {min(strange, key=str)!r}, which is none of its files"
-        )
-    contents = _Contents(path, files, metadata, *_read_structure(path, places[MetadataIndex(STRUCTURE)]))
-    for name, one in contents.tensors().items():
-        # What no piece covers would be whatever was in memory.
-        if sum(math.prod(chunk.sizes) for chunk in one.chunks) != math.prod(one.size):
-            raise CheckpointCorruptError(path, f"its pieces of {name} do not make up the whole")
-    return contents
-
-
-def _read_structure(path: str, place: Any) -> tuple[Any, list[torch.Tensor]]:
-    with open(os.path.join(path, place.relative_path), "rb") as file:
-        file.seek(place.offset)
-        content = io.BytesIO(file.read(place.length))
-    try:
-        with torch.sparse.check_sparse_tensor_invariants(True):  # type: ignore[no-untyped-call]
-            structure, others = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointCorruptError(path, f"its structure cannot be read ({error})") from error
-    return structure, others
-
-
 def _targets(
     path: str | os.PathLike[str],
     have: Mapping[str, torch.Tensor],
-    contents: _Contents,
+    contents: ShardedContents,
     structure: Any,
 ) -> dict[str, torch.Tensor]:
     """Return the tensors to read into: those there are, and new ones for what is small."""
@@ -314,7 +211,7 @@ def _targets(
                 f"Cannot load {name} from {os.fspath(path)!r}: it is divided among ranks, and this run has "
                 "no tensor to read it into. Build the model and optimizer it was saved from."
             )
-        tensors[name] = torch.empty(one.size, dtype=one.properties.dtype)
+        tensors[name] = torch.empty(one.size, dtype=one.properties.dtype, device="cpu")
     return tensors
 
 
@@ -335,7 +232,7 @@ def _agree(path: str | os.PathLike[str], problem: tuple[str, ...] | None, group:
 
 
 def _read_into(
-    tensors: dict[str, torch.Tensor], contents: _Contents, group: dist.ProcessGroup | None
+    tensors: dict[str, torch.Tensor], contents: ShardedContents, group: dist.ProcessGroup | None
 ) -> None:
     """Read *tensors* in place; by this process alone without a *group*."""
     with warnings.catch_warnings(), torch.no_grad():

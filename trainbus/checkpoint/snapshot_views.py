@@ -15,7 +15,7 @@ from trainbus.checkpoint.page_locking import pieces
 from trainbus.checkpoint.snapshot_plan import ByteRange, Layout, Section, SnapshotPlan
 from trainbus.checkpoint.staging_memory import StagingBuffer
 
-__all__ = ["Views", "views_of"]
+__all__ = ["Views", "numbers_of", "views_of"]
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,10 @@ class Views:
         """Return what the ranges of a section are copied into, and what is copied there."""
         return [self.targets[index] for index in section.ranges], self.sources(section, tensors)
 
-    def places(self, section: Section, addresses: Sequence[int | None]) -> Places:
-        """Return where `pairs` lie, if the state's tensors lie at *addresses*."""
+    def places(self, section: Section, addresses: np.ndarray) -> Places:
+        """Return where `pairs` lie, if the state's tensors lie at *addresses*, see `numbers_of`."""
         to, sizes, tensors, leads = self.numbers[:, section.ranges.start : section.ranges.stop]
-        lie_at = np.array([address or 0 for address in addresses], dtype=np.uint64)
-        return Places(to, lie_at[tensors] - leads, sizes)
+        return Places(to, addresses[tensors] - leads, sizes)
 
     def cut_pairs(
         self, section: Section, tensors: Sequence[torch.Tensor]
@@ -79,6 +78,11 @@ class Views:
                 targets += [self.ranges[index][offset : offset + size] for offset, size in cuts]
                 sources += [whole[offset : offset + size] for offset, size in cuts]
         return targets, sources
+
+
+def numbers_of(addresses: Sequence[int | None]) -> np.ndarray:
+    """Return *addresses* as uint64, 0 for what has none."""
+    return np.array([address or 0 for address in addresses], dtype=np.uint64)
 
 
 def views_of(buffer: StagingBuffer, plan: SnapshotPlan) -> Views:

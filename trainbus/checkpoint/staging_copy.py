@@ -29,7 +29,7 @@ from trainbus.checkpoint.snapshot_plan import (
     fingerprint,
     make_plan,
 )
-from trainbus.checkpoint.snapshot_views import Views, views_of
+from trainbus.checkpoint.snapshot_views import Views, numbers_of, views_of
 from trainbus.checkpoint.staging_memory import StagingBuffer, StagingMemory
 from trainbus.checkpoint.zip_records import ROOM
 
@@ -268,6 +268,7 @@ class Stager:
         later: list[Move] = []
         unread: set[int | None] = set()
         cuda = self._devices.cuda
+        addresses = numbers_of(kind.addresses)
         # Devices first: they copy while this thread goes on to the next.
         for device, sections in sorted(plan.by_device(), key=lambda one: not cuda.serves(one[0])):
             span = views.spans[device]
@@ -282,7 +283,7 @@ class Stager:
                 if cuda.serves(device):
                     later += self._from_device(section, *views.cut_pairs(section, tensors), buffer)
                 else:
-                    places = views.places(section, kind.addresses)
+                    places = views.places(section, addresses)
                     later += self._from_host(section, HostMove(*views.pairs(section, tensors), places))
         return later, unread
 
