@@ -6,6 +6,8 @@ import errno
 import gc
 import math
 import os
+import threading
+import time
 import weakref
 
 import numpy as np
@@ -15,10 +17,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import trainbus
 from trainbus import CheckpointFolder, CheckpointWriteError, Handler, ranks
-from trainbus.checkpoint import staging_memory
+from trainbus.checkpoint import sharded, staging_memory
 from trainbus.checkpoint.staging_memory import map_pages
 from trainbus.errors import CheckpointCorruptError, StateMismatchError, UnsavableStateError
 from trainbus.testing import FaultyDisk
@@ -258,6 +261,21 @@ class TestRefused:
         assert torch.equal(added, others["two"][2].weight.full_tensor())
         assert "2.weight, 2.bias, which the file has not" in caplog.text
 
+    @pytest.mark.parametrize("only", [("optimizer",), ("module", "optimizer")])
+    def test_more_than_weights(self, tmp_path, only):
+        """Of a folder of weights nothing is read into the model where more is asked for."""
+        modules, optimizers = build()
+        with Handler(modules, optimizers) as handler:
+            handler.save(tmp_path / "weights", weights_only=True)
+        others, other_optimizers = build(seed=1)
+        before = whole(others)
+        with Handler(others, other_optimizers) as handler:
+            with pytest.raises(StateMismatchError, match="it holds weights only"):
+                handler.load(tmp_path / "weights", only=only)
+
+        after = whole(others)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
     def test_damaged(self, trained):
         """A damaged part is found before anything has changed."""
         _, _, folder = trained
@@ -345,6 +363,71 @@ class TestSave:
             handler.add_callback(ModelCheckpoint(tmp_path / "{global_step}", save_freq=1, keep=KeepLast(1)))
             assert handler.resume(tmp_path).global_step == 3
             assert equal(whole(modules), whole(others))
+
+    def test_hanging_disk(self, tmp_path):
+        """A save that hangs keeps neither the next one nor the end of the handler waiting; that one fails."""
+        go = threading.Event()
+
+        def hold(name, number):
+            assert go.wait(60)
+
+        modules, optimizers = build()
+        with FaultyDisk(calls=["fsync"], before=hold):
+            handler = Handler(modules, optimizers, write_timeout=0.3, rank_timeout=0.3, on_write_error="warn")
+            saves = [handler.save_async(tmp_path / name) for name in "ab"]
+            handler.close()
+            assert not go.is_set()
+            go.set()
+        for save in saves:
+            with pytest.raises(CheckpointWriteError, match=r"without progress|hangs"):
+                save.result(0)
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "a").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert trainbus.verify(tmp_path / "a") and not (tmp_path / "b").exists()
+
+    def test_closed_in_time(self, tmp_path):
+        """close(timeout) of a handler whose disk is slow lets go of all it can, and says what it left."""
+        go = threading.Event()
+
+        def hold(name, number):
+            assert go.wait(60)
+
+        modules, optimizers = build()
+        with FaultyDisk(calls=["fsync"], before=hold):
+            handler = Handler(modules, optimizers)
+            handler.save_async(tmp_path / "a")
+            with pytest.raises(TimeoutError, match=r"Still unfinished after 0\.1 s"):
+                handler.close(timeout=0.1)
+            assert handler._divided._group is None
+            go.set()
+
+    def test_interrupted_while_it_is_copied(self, tmp_path, monkeypatch):
+        """Ctrl-C while the state is copied gives the memory back, so that the next save has it."""
+        modules, optimizers = build()
+        with Handler(modules, optimizers, on_write_error="warn") as handler:
+            with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+
+                def shard(*args):
+                    raise KeyboardInterrupt
+
+                interrupted.setattr(sharded, "Shard", shard)
+                handler.save_async(tmp_path / "a")
+            assert handler.save(tmp_path / "b") is not None
+
+    def test_gathering_that_fails(self, tmp_path, monkeypatch):
+        """A tensor that cannot be made whole fails the save, and not the training."""
+
+        def full_tensor(tensor):
+            raise RuntimeError("out of memory")
+
+        modules, optimizers = build()
+        with Handler(modules, optimizers, on_write_error="warn") as handler:
+            with monkeypatch.context() as full:
+                full.setattr(DTensor, "full_tensor", full_tensor)
+                save = handler.save_async(tmp_path / "a.pt", full_state=True)
+            with pytest.raises(CheckpointWriteError, match="out of memory"):
+                save.result(30)
 
     def test_whole_by_model_checkpoint(self, tmp_path):
         """With full_state it writes files."""

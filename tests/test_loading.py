@@ -35,6 +35,14 @@ class TestLoadNewest:
         assert loaded == [str(folder / "new.pt"), str(folder / "old.pt")]
         assert "Passed over while resuming: Rank 1 cannot load" in caplog.text and "torn" in caplog.text
 
+    def test_nothing_left(self, folder, monkeypatch):
+        """Where this rank has loaded the last file there is and another could not, the run does not begin."""
+        damaged = _Failure(True, "CheckpointCorruptError: torn")
+        other_rank(monkeypatch, [damaged, damaged])
+
+        with pytest.raises(RankError, match=r"Rank 1 cannot load .*old\.pt'.* no other to go on from"):
+            load_newest(folder, lambda path: None)
+
     def test_missing_on_another_rank(self, folder, monkeypatch):
         """One that another rank cannot read at all ends the resume on all."""
         other_rank(monkeypatch, [_Failure(False, "FileNotFoundError: no such file")])

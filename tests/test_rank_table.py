@@ -7,6 +7,7 @@ import queue
 import threading
 
 import pytest
+import torch
 
 from trainbus import rank_table
 from trainbus.errors import RankError
@@ -129,6 +130,37 @@ class TestExchange:
             ]
 
         assert meet(do) == {rank: [b"".join(words), b"!" * length] for rank in range(3)}
+
+    def test_default_device(self, meet):
+        """Messages lie in host memory, wherever the script has tensors made by default."""
+
+        def do(rank, table):
+            return table._word.device.type
+
+        torch.set_default_device("meta")
+        try:
+            assert set(meet(do).values()) == {"cpu"}
+        finally:
+            torch.set_default_device(None)
+
+    def test_left_halfway(self, meet):
+        """A rank that leaves amid a round, as by Ctrl-C, does not take the rest of it for the next one."""
+
+        def do(rank, table):
+            if rank == 1:
+
+                def interrupted():
+                    raise KeyboardInterrupt
+
+                hear, table._hear = table._hear, interrupted
+                with pytest.raises(KeyboardInterrupt):
+                    table.exchange("one", b"", lambda said: b"stale")
+                table._hear = hear
+            return table.exchange("two" if rank == 1 else "one", b"", lambda said: b"stale")
+
+        results = meet(do, size=2)
+        assert results[0] == b"stale"
+        assert "it failed before. It was left by KeyboardInterrupt at one" in str(results[1])
 
     def test_different_places(self, meet):
         """Ranks that come to different places hear of it at once, all of them, whatever they bring."""

@@ -8,6 +8,13 @@ import pytest
 import torch.distributed as dist
 
 from trainbus import CheckpointWriteError, ranks
+from trainbus.errors import (
+    CheckpointSkipped,
+    RankError,
+    RankFailedError,
+    UnsavableStateError,
+    UnsyncedNameError,
+)
 
 
 class TestRank:
@@ -120,3 +127,36 @@ class TestTogether:
         with pytest.raises(CheckpointWriteError, match=r"'a\.pt' of global step 3") as info:
             ranks.decide(fail)
         assert (info.value.path, info.value.errno, info.value.seen) == ("a.pt", 28, False)
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_decide_raises_what_cannot_be_sent(self, meet, rank):
+        """An error that cannot be sent is raised as it is on rank 0, and told of on the others."""
+
+        class Mine(Exception):
+            def __init__(self, one, two):
+                super().__init__(f"{one} and {two}")
+
+        def fail():
+            raise Mine(1, 2)
+
+        told = RankFailedError(0, "Mine: 1 and 2")
+        meet(rank, (None, told))
+        with pytest.raises(Mine if rank == 0 else RankFailedError, match="1 and 2"):
+            ranks.decide(fail)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            UnsavableStateError([("state['a']", "a set")]),
+            RankError("rank 1 did not come", [1]),
+            RankFailedError(2, "no space", 28, is_unsynced=True),
+            CheckpointSkipped("a.pt", "busy"),
+            UnsyncedNameError(28, "No space left on device"),
+        ],
+    )
+    def test_errors_of_ours_can_be_sent(self, error):
+        """Each arrives as what it was."""
+        arrived = pickle.loads(pickle.dumps(error))
+
+        assert (type(arrived), str(arrived), vars(arrived)) == (type(error), str(error), vars(error))
+        assert getattr(arrived, "errno", None) == getattr(error, "errno", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -77,6 +78,32 @@ class TestSeveralRanks:
         handler = make()
         handler.load(tmp_path / "3.pt")
         assert train(handler) == losses[3:]
+
+    @pytest.mark.parametrize("what", ["load", "resume"])
+    def test_waits_for_another_handlers_save(self, among, tmp_path, what):
+        """Before any rank looks for a file, what rank 0 writes for another handler is there, in slices."""
+        go = threading.Event()
+
+        def hold(name, number):
+            assert go.wait(30)
+
+        table = among()
+        writer = make()
+        table.size = 1
+        with FaultyDisk(calls=["fsync"], before=hold):
+            save = writer.save_async(tmp_path / "a.pt")
+            reader = make(rank_timeout=0.4)
+            table.met.clear()
+
+            def exchange(where, mine, answer):
+                if len(table.met) == 3:
+                    go.set()
+                return Echo.exchange(table, where, mine, answer)
+
+            table.exchange = exchange
+            reader.load(tmp_path / "a.pt") if what == "load" else reader.resume(tmp_path)
+        assert save.result(0) is not None
+        assert set(table.met[:4]) == {f"handler.{what}"}
 
     def test_another_number(self, among, tmp_path, caplog):
         """Loaded by another number of ranks the weights are taken, and the log says what is not exact."""

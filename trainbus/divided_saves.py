@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -39,7 +40,8 @@ class DividedSaves:
         on_busy: What a save does when there are that many: nothing but ``"wait"`` is possible.
         device_snapshot: As for `ShardedSaver`.
         is_busy: As for `ShardedSaver`.
-        patience: Seconds that a rank which has written waits for the others.
+        patience: Seconds that a rank which has written waits for the others, and without progress for its
+            own disk.
 
     Raises:
         ValueError: *on_busy* is another.
@@ -62,7 +64,11 @@ class DividedSaves:
             )
         self._group: Any = ranks.separate_group(patience)
         self._saver = ShardedSaver(
-            self._group, max_pending=max_pending, device_snapshot=device_snapshot, is_busy=is_busy
+            self._group,
+            max_pending=max_pending,
+            device_snapshot=device_snapshot,
+            is_busy=is_busy,
+            patience=patience,
         )
 
     @property
@@ -97,7 +103,11 @@ class DividedSaves:
             StateMismatchError: It is of other parts or tensors.
             RankFailedError: A rank could not read it.
         """
-        self._saver.wait()
+        if not self._saver.wait():
+            raise TimeoutError(
+                errno.ETIMEDOUT,
+                f"Cannot load {os.fspath(path)!r}: a save of this run hangs. Look at the file system",
+            )
 
         def look() -> tuple[Manifest, Any] | None:
             there = where_it_stands(path)
@@ -121,14 +131,27 @@ class DividedSaves:
             state[NUMPY_KEY] = [entry for entry in state[NUMPY_KEY] if entry[0][0] in state]
         return state, manifest
 
-    def close(self) -> None:
-        """Wait for the saves under way and let go of the group. May be called again."""
-        self._saver.close()
+    def close(self, timeout: float | None = None) -> None:
+        """
+        Wait for the saves under way and let go of the group. May be called again.
+
+        Args:
+            timeout: Seconds to wait at most. The group goes when the last save is over then.
+        """
+        unfinished = self._saver.close(timeout)
         group, self._group = self._group, None
-        if group is not None:
-            # It may be gone already, with the default group.
-            with contextlib.suppress(RuntimeError, ValueError, AssertionError):
-                dist.destroy_process_group(group)
+        if group is None:
+            return
+        if unfinished is None:
+            _destroy(group)
+        else:
+            unfinished.add_done_callback(lambda _: _destroy(group))
+
+
+def _destroy(group: Any) -> None:
+    # It may be gone already, with the default group.
+    with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+        dist.destroy_process_group(group)
 
 
 def gathered(collect: Callable[[], Any]) -> Callable[[], Any]:
@@ -143,15 +166,36 @@ def gathered(collect: Callable[[], Any]) -> Callable[[], Any]:
         state = to_plain(collect(), divided=True)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-    problems = ranks.gather(problem, "handler.save or save_async with full_state=True")
-    failed = [(rank, told) for rank, told in enumerate(problems) if told is not None]
-    if failed:
-        return functools.partial(_refuse, *failed[0])
+    refusal = _refusal(problem)
+    if refusal is not None:
+        return refusal
     keep = ranks.rank() == 0
-    with torch.no_grad():
-        whole = {id(tensor): _whole(tensor, keep) for tensor in tensors_in(state)}
+    whole, problem = _wholes(state, keep)
+    refusal = _refusal(problem)
+    if refusal is not None:
+        return refusal
     result = with_tensors(state, whole) if keep else None
     return lambda: result
+
+
+def _refusal(problem: str | None) -> Callable[[], Any] | None:
+    """Return what raises the first rank's *problem*, None if no rank has one. Collective."""
+    problems = ranks.gather(problem, "handler.save or save_async with full_state=True")
+    failed = ((rank, told) for rank, told in enumerate(problems) if told is not None)
+    return next((functools.partial(_refuse, rank, told) for rank, told in failed), None)
+
+
+def _wholes(state: Any, keep: bool) -> tuple[dict[int, torch.Tensor], str | None]:
+    """Return each tensor of *state*, by its id, whole; or what went wrong. Comes to all collectives."""
+    whole: dict[int, torch.Tensor] = {}
+    problem: str | None = None
+    with torch.no_grad():
+        for tensor in tensors_in(state):
+            try:
+                whole[id(tensor)] = _whole(tensor, keep)
+            except Exception as error:
+                problem = problem or f"{type(error).__name__}: {error}"
+    return whole, problem
 
 
 def _refuse(rank: int, problem: str) -> None:

@@ -38,6 +38,11 @@ __all__ = [
 class TrainbusError(Exception):
     """Base of all errors of trainbus."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Rank 0 tells the others of an error; the constructors take other things than the message.
+        number = {"errno": self.errno} if isinstance(self, OSError) else {}
+        return _rebuilt, (type(self), self.args, {**vars(self), **number})
+
 
 class UnknownEventError(TrainbusError, ValueError):
     """An event name that is not in the bus's catalogue."""
@@ -108,11 +113,6 @@ class CheckpointError(TrainbusError):
     """
 
     seen: bool = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Rank 0 tells the others of an error; the constructors take other things than the message.
-        number = {"errno": self.errno} if isinstance(self, OSError) else {}
-        return _rebuilt, (type(self), self.args, {**vars(self), **number})
 
 
 class UnsyncedNameError(TrainbusError, OSError):
@@ -247,10 +247,8 @@ class CheckpointSkipped(CheckpointError):
         super().__init__(f"Checkpoint {path!r} was not saved: {reason}.")
 
 
-def _rebuilt(
-    kind: type[CheckpointError], args: tuple[Any, ...], attributes: dict[str, Any]
-) -> CheckpointError:
-    error = kind.__new__(kind)
+def _rebuilt(kind: type[TrainbusError], args: tuple[Any, ...], attributes: dict[str, Any]) -> TrainbusError:
+    error = kind.__new__(kind, *args)
     error.args = args
     for name, value in attributes.items():
         setattr(error, name, value)

@@ -140,7 +140,7 @@ EVENTS: Mapping[str, Event] = _catalogue(
     Event(
         "checkpoint_failed",
         ("save", "path", "error", "stream"),
-        doc="A checkpoint could not be written; what stood under its name is untouched.",
+        doc="A checkpoint could not be written. The error says what stands under its name.",
     ),
     Event(
         "checkpoint_skipped",

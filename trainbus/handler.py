@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
@@ -134,13 +135,6 @@ class Handler(RunLoading):
         self.bus = bus if bus is not None else EventBus()
         self._close_earlier()
         ranks.join(rank_timeout)
-        self._divided = self._join_divided(
-            max_pending=max_pending,
-            on_busy=on_busy,
-            device_snapshot=device_snapshot,
-            patience=max(write_timeout, rank_timeout),
-            is_busy=self._moments.progress.is_stepping,
-        )
         self._agreement = Agreement(weak_post(self.bus), self._stop_here)
         self._saver = Saver(
             weak_post(self._agreement),
@@ -152,6 +146,17 @@ class Handler(RunLoading):
             write_timeout=write_timeout,
             is_busy=self._moments.progress.is_stepping,
         )
+        try:
+            self._divided = self._join_divided(
+                max_pending=max_pending,
+                on_busy=on_busy,
+                device_snapshot=device_snapshot,
+                patience=max(write_timeout, rank_timeout),
+                is_busy=self._moments.progress.is_stepping,
+            )
+        except BaseException:
+            self._saver.close()
+            raise
         self._saves = SaveRequests(self, self._moments, self._saver, self._agreement, self._divided)
         # Last, because all before may refuse: no half-made handler stays on the bus and the optimizer.
         self.bus.handler = self
@@ -296,9 +301,7 @@ class Handler(RunLoading):
                 if self._agreement.is_shared:
                     self.finish_writing(timeout)
             finally:
-                self._saver.close(timeout)
-                if self._divided is not None:
-                    self._divided.close()
+                self._close_savers(timeout)
             raise_held_back(self.bus)
         finally:
             self._saves.release_names()
@@ -352,6 +355,15 @@ class Handler(RunLoading):
 
         return DividedSaves(**options)
 
+    def _close_savers(self, timeout: float | None) -> None:
+        begun = time.monotonic()
+        try:
+            self._saver.close(timeout)
+        finally:
+            if self._divided is not None:
+                left = None if timeout is None else max(0.0, timeout - (time.monotonic() - begun))
+                self._divided.close(left)
+
     def _stop_here(self, reason: str) -> None:
         self.stopped = True
         self.stop_reason = reason
@@ -374,7 +386,7 @@ class Handler(RunLoading):
 
     def _leave_bus(self) -> None:
         for callback in self.callbacks.values():
-            callback.detach()
+            callback.leave(self.bus)
         self._moments.optimizer_steps.stop()
         for undo in self._undo:
             undo()

@@ -14,6 +14,7 @@ from trainbus import ranks
 from trainbus.checkpoint.background_writer import finish_saves
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
 from trainbus.checkpoint.manifest import Manifest
+from trainbus.checkpoint.sharded_format import read_manifest
 from trainbus.errors import CheckpointCorruptError, RankError, StateMismatchError
 from trainbus.state import rank_parts
 from trainbus.state.collect import KEYS
@@ -60,16 +61,15 @@ def read_state(
     """
     wanted = _require_keys(only)
     finish_saves(path)
+    asks_for_more = only is not None and wanted != {"module"}
+    if asks_for_more and _says_weights(path):  # before anything is read into live tensors
+        raise _weights_only(path, wanted)
     value, manifest = read(wanted)
     state = from_plain(value, path)
     if _is_full_state(state, manifest):
         return LoadedState(state, wanted, manifest)
-    if only is not None and wanted != {"module"}:
-        missing = ", ".join(sorted(wanted - {"module"}))
-        raise StateMismatchError(
-            f"Cannot load {missing} from {os.fspath(path)!r}: it holds weights only. "
-            "Load it with only=('module',), or take a file of the full state."
-        )
+    if asks_for_more:
+        raise _weights_only(path, wanted)
     logger.info("%s holds weights only; the rest of the run stays as it is.", os.fspath(path))
     return LoadedState({"module": state}, wanted & {"module"}, manifest)
 
@@ -124,22 +124,30 @@ def load_newest(
         files = ranks.decide(look, "handler.resume")
     except NotADirectoryError as error:
         path = os.fspath(folder)
+        if os.path.isdir(os.path.expanduser(path)):
+            raise
         raise NotADirectoryError(
             errno.ENOTDIR,
             f"Cannot resume from {path!r}: resume takes a folder and looks for the newest checkpoint in it. "
             f"Give the folder, or load this one file with handler.load({path!r})",
         ) from error
+    half_loaded: str | None = None
     for path, epoch, global_step in files:
         manifest, own = _try(load, path)
         failures = ranks.gather(None if own is None else _Failure.of(own), f"resuming from {path}")
         if any(one is not None and not one.is_damage for one in failures):
             raise own or RankError(_first_failure(path, failures), [])
         if any(failures):
-            logger.warning("Passed over while resuming: %s", own or _first_failure(path, failures))
+            told = _first_failure(path, failures)
+            logger.warning("Passed over while resuming: %s", own or told)
+            half_loaded = None if all(failures) else told
             continue
         if ranks.rank() == 0:
             logger.info("resumed from %s: epoch %d, global step %d", path, epoch + 1, global_step)
         return manifest
+    if half_loaded is not None:
+        # Some ranks stand where it was saved, and others at the start.
+        raise RankError(f"{half_loaded} There is no other to go on from. Start the run again.", [])
     return None
 
 
@@ -182,6 +190,22 @@ def _is_full_state(state: Any, manifest: Manifest | None) -> bool:
     if manifest is not None:
         return manifest.contents == "state"
     return isinstance(state, Mapping) and set(KEYS) <= set(state)
+
+
+def _says_weights(path: str | os.PathLike[str]) -> bool:
+    try:
+        manifest = read_manifest(path)
+    except (CheckpointCorruptError, OSError):  # which is told where it is read
+        return False
+    return manifest is not None and manifest.contents == "weights"
+
+
+def _weights_only(path: str | os.PathLike[str], wanted: set[str]) -> StateMismatchError:
+    missing = ", ".join(sorted(wanted - {"module"}))
+    return StateMismatchError(
+        f"Cannot load {missing} from {os.fspath(path)!r}: it holds weights only. "
+        "Load it with only=('module',), or take a file of the full state."
+    )
 
 
 def _require_keys(only: Collection[str] | None) -> set[str]:

@@ -82,8 +82,8 @@ class RankTable:
         # Torch holds it until the script destroys its process groups. One that is held beyond that ends
         # when the interpreter does, and now and then takes the process down with it (std::terminate).
         self._group_if_there = weakref.ref(group)
-        self._word = torch.zeros(WORD_BYTES, dtype=torch.uint8)
-        self._words = [torch.zeros(WORD_BYTES, dtype=torch.uint8) for _ in range(self._size)]
+        self._word = _bytes(WORD_BYTES)
+        self._words = [_bytes(WORD_BYTES) for _ in range(self._size)]
 
     def exchange(self, what: str, mine: bytes, answer: Callable[[list[bytes]], bytes]) -> bytes:
         """
@@ -107,10 +107,15 @@ class RankTable:
             else:
                 received = self._hear()
         except RuntimeError as error:
+            self._broken = f"{error}"
             traceback.clear_frames(error.__traceback__)
             missing = _ranks_without(self._store, self._leave(begun), _GRACE)
             self._broken = _apart(what, missing, self._longest_wait(), self.timeout)
             raise RankError(self._broken, missing) from error
+        except BaseException as error:
+            # Such as Ctrl-C: what the others say from now on is not what this rank asks for.
+            self._broken = f"It was left by {type(error).__name__} at {what}."
+            raise
         same, reply = received
         if not same:
             self._broken = _elsewhere(pickle.loads(reply))
@@ -136,7 +141,7 @@ class RankTable:
         for rank, word in enumerate(self._words):
             length, _, place, inline = _read(word)
             if length > _INLINE and rank != 0:
-                rest = torch.empty(length, dtype=torch.uint8)
+                rest = _bytes(length)
                 dist.recv(rest, rank, group=self._group)
                 inline = rest.numpy().tobytes()
             said.append((place, mine if rank == 0 else inline))
@@ -152,7 +157,7 @@ class RankTable:
         dist.broadcast(self._word, 0, group=self._group)
         length, same, _, reply = _read(self._word)
         if length > _INLINE:
-            rest = torch.empty(length, dtype=torch.uint8)
+            rest = _bytes(length)
             dist.broadcast(rest, 0, group=self._group)
             reply = rest.numpy().tobytes()
         return same, reply
@@ -165,7 +170,8 @@ class RankTable:
         with contextlib.suppress(RuntimeError):  # the store was kept by a process that has died
             self._store.set(place.format(self._rank), f"{time.monotonic() - begun}")
         # Those that wait for this rank learn of it by its connections being closed, when nothing holds them.
-        dist.destroy_process_group(self._group)
+        if self._group is not None:  # which would mean all groups
+            dist.destroy_process_group(self._group)
         return place
 
     def _longest_wait(self) -> float:
@@ -200,6 +206,11 @@ def _read(word: torch.Tensor) -> tuple[int, bool, str, bytes]:
     raw = word.numpy().tobytes()
     length, same, what = _HEAD.unpack_from(raw)
     return length, same, what.decode(errors="replace"), raw[_HEAD.size : _HEAD.size + length]
+
+
+def _bytes(count: int) -> torch.Tensor:
+    # Of gloo, wherever the script has tensors made by default.
+    return torch.zeros(count, dtype=torch.uint8, device="cpu")
 
 
 def _tensor(raw: bytes) -> torch.Tensor:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from trainbus.errors import RankFailedError
+
 if TYPE_CHECKING:
     from trainbus.rank_table import RankTable
 
@@ -124,11 +126,20 @@ def decide(call: Callable[[], T], what: str = "decide()") -> T:
             result = call()
         except Exception as error:
             failure = error
-    result, failure = agree((result, failure), what)
-    if failure is not None:
-        raise failure
+    result, told = agree((result, failure and _portable(failure)), what)
+    if told is not None:
+        raise failure or told
     decided: T = result
     return decided
+
+
+def _portable(error: Exception) -> Exception:
+    """Return *error* if it can be sent to other ranks, else what tells of it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RankFailedError(0, f"{type(error).__name__}: {error}")
+    return error
 
 
 def gather(value: T, what: str = "gather()") -> list[T]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Collection
 from typing import Any
 
 from trainbus.callback import Callback
+from trainbus.checkpoint.background_writer import finish_saves
 from trainbus.checkpoint.load import load_checkpoint
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.loading import load_newest, own_part, read_state
@@ -49,8 +51,7 @@ class RunLoading(RunSaving):
             CheckpointCorruptError: If the file is damaged; nothing has been changed.
             StateMismatchError: If file and run have different parts.
         """
-        if self._agreement.is_shared:
-            self.finish_writing()  # the file may be one that rank 0 is writing
+        self._finish_saves(path, "handler.load")
         parts = self._parts()
         if self._divided is None:
             loaded = read_state(path, only, lambda wanted: load_checkpoint(path))
@@ -88,4 +89,11 @@ class RunLoading(RunSaving):
             Its manifest, or None if there is nothing to resume from: a first run goes on
             from the start with the same script.
         """
+        self._finish_saves(folder, "handler.resume")
         return load_newest(folder, self.load, interrupted=interrupted)
+
+    def _finish_saves(self, path: str | os.PathLike[str], what: str) -> None:
+        # It may be what rank 0 is writing, for this handler or another, and the other ranks see it then only.
+        if self._agreement.is_shared:
+            self.finish_writing()
+            self._agreement.finish_others(functools.partial(finish_saves, path), what)

@@ -7,7 +7,6 @@ import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,6 @@ class SaveRequest:
         monitor, mode, score: By what the asker judges its files, and this one's value.
         removals: Files to remove once this one is durable.
         keep: Which files of *stream* and this run stay then; None: all.
-        keep_among: Tells by its name whether *keep* speaks of a file; None: of each.
         interrupted: Taken amid a batch that an exception ended.
         full_state: Written as one file, also where the state is divided among ranks.
     """
@@ -64,7 +62,6 @@ class SaveRequest:
     keep: Retention | None = None
     interrupted: bool = False
     full_state: bool = False
-    keep_among: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,7 @@ class SaveRequests:
                 self._take(accepted)
             except BaseException as error:
                 # Ctrl-C while it waits for room: nobody else would finish what its asker may wait for.
-                if not accepted.pending.done():
+                if not accepted.pending.done() and accepted.pending not in self._saver.writer.unfinished:
                     self._skip(accepted, f"{type(error).__name__} came while it was taken")
                 raise
 
@@ -251,33 +248,29 @@ class SaveRequests:
             collect,
             manifest,
             removals=request.removals,
-            find_removals=self._retention(pending, request),
+            find_removals=self._retention(pending, request.keep),
             optimizers=self._moments.optimizers_before_step,
         )
 
     def _write_together(
         self, accepted: _Accepted, given: list[dict[str, Any]] | None, divided: DividedSaves
     ) -> None:
-        pending, request, is_first = accepted.pending, accepted.request, self._handler.rank == 0
+        pending, request = accepted.pending, accepted.request
 
         def state() -> Any:
             return to_plain(self._collect(accepted.weights_only, given), divided=True)
 
+        if self._handler.rank != 0:
+            divided.save(accepted.path, state, _unasked)
+            return
         collect, manifest = self._described(accepted, state)
-
-        def begin() -> Future[Manifest]:
-            return divided.save(accepted.path, collect if is_first else state, manifest)
-
-        if is_first:
-            self._saver.follow(
-                pending,
-                begin,
-                lambda: divided.last_progress,
-                removals=request.removals,
-                find_removals=self._retention(pending, request),
-            )
-        else:
-            begin()
+        self._saver.follow(
+            pending,
+            lambda: divided.save(accepted.path, collect, manifest),
+            lambda: divided.last_progress,
+            removals=request.removals,
+            find_removals=self._retention(pending, request.keep),
+        )
 
     def _whole_state(self, accepted: _Accepted, given: list[dict[str, Any]] | None) -> Callable[[], Any]:
         """Return what gives the state to write to one file, on rank 0. Collective where it is divided."""
@@ -296,17 +289,23 @@ class SaveRequests:
     def _described(
         self, accepted: _Accepted, state: Callable[[], Any]
     ) -> tuple[Callable[[], Any], Callable[[], Manifest]]:
-        """Return what gives the state, and what says afterwards of which moment it is; either may fail."""
-        described: list[Manifest] = []
+        """Return what gives the state, or raises what is wrong already, and what says of which moment."""
+        described: Manifest | OSError
+        try:
+            described = self._describe(accepted)
+        except OSError as error:
+            described = error
 
         def collect() -> Any:
-            described.append(self._describe(accepted))
+            if isinstance(described, OSError):
+                raise described
             return state()
 
         def manifest() -> Manifest:
+            assert isinstance(described, Manifest)
             # On the writer thread: the training one must not wait for a device to compute the metrics.
             accepted.pending.logs = accepted.metrics.read()
-            return replace(described[0], logs=dict(accepted.pending.logs))
+            return replace(described, logs=dict(accepted.pending.logs))
 
         return collect, manifest
 
@@ -331,9 +330,8 @@ class SaveRequests:
             versions=versions(),
         )
 
-    def _retention(self, pending: PendingSave, request: SaveRequest) -> Callable[[], Sequence[str]]:
+    def _retention(self, pending: PendingSave, keep: Retention | None) -> Callable[[], Sequence[str]]:
         """Return what looks, once *pending* is durable, for files that need not stay any more."""
-        keep, among = request.keep, request.keep_among or (lambda name: True)
         if keep is None:
             return tuple
         folder = os.path.dirname(os.path.abspath(pending.path or ""))
@@ -344,9 +342,7 @@ class SaveRequests:
             mine = [
                 file
                 for file in CheckpointFolder(folder)
-                if file.manifest.stream == pending.stream
-                and file.manifest.run_id in runs
-                and among(os.path.basename(file.path))
+                if file.manifest.stream == pending.stream and file.manifest.run_id in runs
             ]
             return superfluous(mine, keep)
 
@@ -359,3 +355,7 @@ class SaveRequests:
             self._counted_folders.add(folder)
         self._sequence += 1
         return self._sequence
+
+
+def _unasked() -> Manifest:
+    raise AssertionError("rank 0 alone says what a checkpoint is")

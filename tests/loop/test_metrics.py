@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from trainbus import ranks
 from trainbus.loop.metrics import Logs, Metrics, RunningMean, as_scalar
@@ -123,6 +126,19 @@ class TestAsScalar:
     def test_takes_one_element(self, value):
         """One element is one number, whatever the shape."""
         assert float(as_scalar("x", value)) == 1.0
+
+    def test_refuses_divided_tensors(self):
+        """Of a tensor that is divided among ranks its whole is to be logged; a copy on each is one's own."""
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            mesh = init_device_mesh("cpu", (1,))
+            replicated = DTensor.from_local(torch.tensor(2.0), mesh, [Replicate()])
+            part = DTensor.from_local(torch.tensor(2.0), mesh, [Partial()])
+            assert type(as_scalar("norm", replicated)) is torch.Tensor
+            with pytest.raises(TypeError, match=r"Log norm\.full_tensor\(\), on every rank"):
+                as_scalar("norm", part)
+        finally:
+            dist.destroy_process_group()
 
     @pytest.mark.parametrize("value", [torch.ones(2), np.ones(2), "0.5", None, [1.0]])
     def test_refuses_others(self, value):

@@ -202,6 +202,7 @@ class BackgroundWriter:
             TimeoutError: It took longer than *timeout* seconds; the message names the saves.
         """
         with self._changed:
+            self._changed.notify_all()  # Ctrl-C in `submit` may have kept the thread from being told
             if not self._wait_until(lambda: not self._jobs and self._running is None, timeout):
                 names = ", ".join(repr(save.path) for save in self._unfinished) or "removals"
                 raise TimeoutError(f"Still unfinished after {timeout} s: {names}. They go on being written.")
@@ -334,13 +335,18 @@ class BackgroundWriter:
             pending.give_up_in_child()
 
 
-def finish_saves(path: str | os.PathLike[str]) -> None:
-    """Block until no writer of this process has an unfinished save of this file, or into this folder."""
+def finish_saves(path: str | os.PathLike[str], timeout: float | None = None) -> None:
+    """
+    Block until no writer of this process has an unfinished save of this file, or into this folder.
+
+    Raises:
+        TimeoutError: It took a writer longer than *timeout* seconds.
+    """
     target = os.path.abspath(os.path.expanduser(path))
     for writer in list(_WRITERS):
         saved = [os.path.abspath(save.path) for save in writer.unfinished if save.path is not None]
         if any(target in (file, os.path.dirname(file)) for file in saved):
-            writer.flush()
+            writer.flush(timeout)
 
 
 _WRITERS: weakref.WeakSet[BackgroundWriter] = weakref.WeakSet()

@@ -7,13 +7,16 @@ our writer (`sharded_writer`), and what it copies through our stager.
 
 from __future__ import annotations
 
+import errno
 import itertools
+import math
 import os
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -45,6 +48,13 @@ from trainbus.errors import HandlerClosedError, RankFailedError
 __all__ = ["ShardedSaver", "collect_sharded", "restore_sharded"]
 
 
+class _Unfinished(NamedTuple):
+    """A save, and the ``time.monotonic()`` at which it was begun."""
+
+    result: Future[Manifest]
+    begun: float
+
+
 class ShardedSaver:
     """
     Saves states with `DTensor`\\ s in them. Every rank of *group* makes one, and calls `save` alike.
@@ -58,6 +68,7 @@ class ShardedSaver:
         max_pending: Saves that may be unfinished at once; each has host memory of its own.
         device_snapshot: Whether to copy CUDA tensors on their device first: ``"auto"``, True, False.
         is_busy: Tells whether the training needs every core now; see `Throttle`. Called on writing threads.
+        patience: Seconds without progress of this rank after which nobody here waits for a save any more.
     """
 
     def __init__(
@@ -67,6 +78,7 @@ class ShardedSaver:
         max_pending: int = 1,
         device_snapshot: str | bool = "auto",
         is_busy: Callable[[], bool] = lambda: False,
+        patience: float = math.inf,
     ) -> None:
         if max_pending < 1:
             raise ValueError(f"max_pending must be at least 1, got {max_pending!r}.")
@@ -76,7 +88,8 @@ class ShardedSaver:
         self._warm_up = WarmUp(self._stager)
         self._behind = WriteBehind(rest=Throttle(is_busy).rest)
         self._sweeper = Sweeper()
-        self._unfinished: deque[Future[Manifest]] = deque()
+        self._unfinished: deque[_Unfinished] = deque()
+        self._patience = patience
         self._items: dict[str, Any] = {}
         self._cache = ""
         self._begin_cache()
@@ -106,7 +119,7 @@ class ShardedSaver:
         written by those ranks whose coordinate is 0 in each dimension of its mesh that replicates it, and
         not even copied on the others. Blocks while *max_pending* saves are unfinished and while tensors
         are copied to host memory; when it returns, they may change in any way. Never raises for one rank
-        alone: what keeps a rank from copying fails the save on all.
+        alone: what keeps a rank from copying fails the save on all, also a save before it that hangs.
 
         Args:
             path: A folder on a disk that all ranks share; a checkpoint that is there is replaced in one
@@ -127,7 +140,8 @@ class ShardedSaver:
             raise HandlerClosedError(
                 f"Cannot save {os.fspath(path)!r}: the writer is closed. Save before that."
             )
-        self._wait_for_room()
+        if not self._wait_for_room():
+            state = self._refuse
         self._warm_up.end()
         snapshots = _SnapshotStager(self._stager, self._items, previous=self._last)
         writer = ShardWriter(
@@ -139,43 +153,78 @@ class ShardedSaver:
             before=self._sweeper.sweep_once,
         )
         snapshots.fail = lambda error: setattr(writer, "failed_to_stage", error)
-        with record_function("trainbus: sharded save"):
-            # In a dict of one: for each key torch does things that take longer than copying its tensor.
-            response = async_save(
-                {WHOLE: state},
-                storage_writer=writer,
-                planner=ShardPlanner(self._cache),
-                process_group=self._group,
-                async_stager=snapshots,
-            )
+        try:
+            with record_function("trainbus: sharded save"):
+                # In a dict of one: for each key torch does things that take longer than copying its tensor.
+                response = async_save(
+                    {WHOLE: state},
+                    storage_writer=writer,
+                    planner=ShardPlanner(self._cache),
+                    process_group=self._group,
+                    async_stager=snapshots,
+                )
+        except BaseException:  # such as Ctrl-C: nobody else would give the memory back
+            snapshots.close()
+            raise
         result: Future[Manifest] = Future()
-        self._unfinished.append(result)
+        self._unfinished.append(_Unfinished(result, time.monotonic()))
         assert not isinstance(response, Future)  # it is one where the stager returns none
         response.upload_completion.add_done_callback(
             lambda upload: self._complete(result, upload, writer, snapshots)
         )
         return result
 
-    def wait(self) -> None:
-        """Block until all saves are finished, whatever became of them."""
-        wait(self._unfinished)
+    def wait(self, timeout: float | None = None) -> bool:
+        """
+        Block until all saves are finished, whatever became of them; return whether they are.
 
-    def close(self) -> None:
-        """Do what `wait` does, end the threads, and let go of the group. Nothing can be saved any more."""
-        self.wait()
+        They are not after *timeout* seconds, or where one hangs for longer than there is patience.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        return all(self._is_over(one, deadline) for one in list(self._unfinished))
+
+    def close(self, timeout: float | None = None) -> Future[Manifest] | None:
+        """
+        Do what `wait` does, end the threads, and let go of the group. Nothing can be saved any more.
+
+        Returns:
+            The last save if that is not finished, which goes on and uses the group until it is.
+        """
+        unfinished = None if self.wait(timeout) else self._last
         # One that is held until the interpreter ends may take the process down with it.
         self._group = None
         self._stager.thread.close()
         self._forget_cache()
+        return unfinished
 
     @property
     def _last(self) -> Future[Manifest] | None:
-        return self._unfinished[-1] if self._unfinished else None
+        return self._unfinished[-1].result if self._unfinished else None
 
-    def _wait_for_room(self) -> None:
-        while self._unfinished and (self._unfinished[0].done() or len(self._unfinished) >= self._max_pending):
-            wait([self._unfinished[0]])
-            self._unfinished.popleft()
+    def _wait_for_room(self) -> bool:
+        """Return whether there is any, after a wait for it."""
+        unfinished = self._unfinished
+        while unfinished and (unfinished[0].result.done() or len(unfinished) >= self._max_pending):
+            if not self._is_over(unfinished[0]):
+                return False
+            unfinished.popleft()
+        return True
+
+    def _is_over(self, one: _Unfinished, deadline: float = math.inf) -> bool:
+        """Wait for a save to end; return False if it hangs, or has not until *deadline*."""
+        while not one.result.done():
+            now = time.monotonic()
+            silent = now - max(one.begun, self.last_progress)
+            left = min(self._patience - silent, deadline - now)
+            if left <= 0:
+                return False
+            wait([one.result], min(left, _LOOKS_EVERY))
+        return True
+
+    def _refuse(self) -> Any:
+        raise TimeoutError(
+            errno.ETIMEDOUT, f"a save before it hangs: no byte of it was taken for {self._patience:g} s"
+        )
 
     def _complete(
         self, result: Future[Manifest], upload: Future[Any], writer: ShardWriter, snapshots: _SnapshotStager
@@ -318,3 +367,4 @@ def _manifest_of(upload: Future[Any]) -> Manifest:
 
 
 _numbers = itertools.count()
+_LOOKS_EVERY = 1.0  # seconds between two looks at whether a save that is waited for makes progress

@@ -245,6 +245,16 @@ def _wide(scalar: torch.Tensor) -> torch.Tensor:
     return scalar.to(torch.float32 if scalar.device.type == "mps" else torch.float64)
 
 
+def _local(name: str, value: Any) -> torch.Tensor:
+    if not all(placement.is_replicate() for placement in value.placements):
+        raise TypeError(
+            f"Cannot log {name}: it is a DTensor of which each rank has a part, as clip_grad_norm_ returns "
+            f"it for a module of fully_shard. Log {name}.full_tensor(), on every rank."
+        )
+    local: torch.Tensor = value.to_local()
+    return local
+
+
 def validation_name(name: str) -> str:
     """Return *name* with ``val_`` before it, unless that or ``val/`` is there already."""
     return name if name.startswith(("val_", "val/")) else f"val_{name}"
@@ -255,10 +265,12 @@ def as_scalar(name: str, value: Any) -> float | torch.Tensor:
     Return a number, or a 0-dim tensor of our own on the device of *value*.
 
     Raises:
-        TypeError: If *value* is neither a number nor has exactly one element.
+        TypeError: If *value* is neither a number nor has exactly one element, or is divided among ranks.
     """
     if isinstance(value, (int, float)):
         return value
+    if hasattr(value, "full_tensor"):  # a DTensor; as a metric it would need a collective wherever it is read
+        value = _local(name, value)
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.detach().reshape(()).clone()
     if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a NumPy scalar or array
