@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -79,8 +80,9 @@ class EMA(Callback):
     # -- events
 
     def on_train_begin(self, handler: Any) -> None:
-        """Copy the module, if no checkpoint brought an average."""
+        """Copy the module, if no checkpoint brought an average; else bring that to where the module is."""
         self._make_averages(handler)
+        self._follow(handler)
         self._unsubscribe()
         bus = handler.bus
         self._undo = [
@@ -94,6 +96,8 @@ class EMA(Callback):
 
     def on_train_batch_end(self, handler: Any, global_step: int) -> None:
         """Take the new weights into the average, if an optimizer stepped."""
+        if not self._averages:  # it was added amid a training
+            self.on_train_begin(handler)
         self._hide(handler)  # a validation in the batch's body may have been cut short
         if handler.accumulating or global_step <= self.start_step or global_step % self.every:
             return
@@ -149,6 +153,12 @@ class EMA(Callback):
                 name: AveragedModel(module, multi_avg_fn=average, use_buffers=self.use_buffers)
                 for name, module in _modules(handler)
             }
+
+    def _follow(self, handler: Any) -> None:
+        for name, module in _modules(handler):
+            devices = {one.device for one in itertools.chain(module.parameters(), module.buffers())}
+            if len(devices) == 1:  # a module on several stays where it was put when it was loaded
+                self._averages[name].to(devices.pop())
 
     def _show(self, handler: Any) -> None:
         if self._updates and not self._is_exchanged:

@@ -54,6 +54,32 @@ class TestAverage:
 
         assert ema.averaged().weight.item() == 0.5 * 4 + 0.5 * 5
 
+    def test_follows_the_module(self):
+        """An average that was loaded before the module moved goes to where the module is."""
+        handler, ema = counting()
+        ema.load_state_dict(
+            {"weights": {"": {"weight": torch.ones(1, 1)}}, "counts": {"": torch.tensor(3)}, "updates": 3}
+        )
+        assert ema.averaged().weight.device.type == "cpu"
+        handler.module.to("meta")
+        handler.bus.emit("train_begin")
+
+        assert ema.averaged().weight.device.type == "meta"
+
+    def test_added_amid_a_training(self):
+        """One that is added while a training goes on averages from the next batch on, and is shown."""
+        handler, _ = counting()
+        handler.bus.emit("train_begin")
+        handler.add_callback(EMA(decay=0.5, use_buffers=True))
+        for step in range(1, 4):
+            handler.module.weight.data.fill_(step)
+            handler.bus.emit("train_batch_end", global_step=step)
+        seen = []
+        handler.bus.on("val_begin", lambda: seen.append(handler.module.weight.item()))
+        handler.bus.emit("val_begin")
+
+        assert seen == [0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 3]
+
     def test_while_accumulating(self):
         """A batch in which no optimizer stepped does not count."""
         handler, ema = counting(decay=0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trainbus import Handler
 from trainbus.testing import EventRecorder
-from trainbus_callbacks import Every, ModelCheckpoint
+from trainbus_callbacks import EMA, Every, ModelCheckpoint
 
 
 def make(scheduler=None, **options):
@@ -21,6 +23,16 @@ def make(scheduler=None, **options):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     handler = Handler(model, optimizer, scheduler=scheduler and scheduler(optimizer), **options)
     return handler, DataLoader(data, 2, shuffle=True), DataLoader(data, 5)
+
+
+class IterableOf:
+    """The batches of a loader, without a length."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
 
 
 def weights(handler):
@@ -60,6 +72,46 @@ class TestFit:
             handler.fit(train, epochs=1, loss_fn=mse_loss, accumulate=2)
 
         assert steps == [1, 3, 4]
+
+    @pytest.mark.parametrize(
+        ("has_length", "kept_local"), [(True, [True, True, False, True, False]), (False, [False] * 5)]
+    )
+    def test_accumulates_over_ranks(self, has_length, kept_local):
+        """DDP averages the gradients of each step over the ranks, also of the shorter one at the end."""
+
+        class Distributed(nn.Module):
+            def __init__(self, module):
+                super().__init__()
+                self.module, self.local, self.seen = module, False, []
+
+            def forward(self, x):
+                self.seen.append(self.local)
+                return self.module(x)
+
+            @contextlib.contextmanager
+            def no_sync(self):
+                self.local = True
+                yield
+                self.local = False
+
+        _, train, _ = make()
+        loader = train if has_length else IterableOf(train)
+        model = Distributed(nn.Linear(2, 1))
+        with Handler(model, torch.optim.SGD(model.parameters())) as handler:
+            steps = []
+            handler.optimizer.register_step_post_hook(lambda *_: steps.append(len(model.seen)))
+            handler.fit(loader, epochs=1, loss_fn=mse_loss, accumulate=3)
+
+        assert model.seen == kept_local and steps == [3, 5]
+
+    def test_the_last_step_is_seen_at_its_batch(self):
+        """The step with the rest of an epoch is made before its last batch is told of."""
+        handler, train, _ = make()
+        ema = handler.add_callback(EMA())
+        with handler:
+            handler.fit(train, epochs=2, loss_fn=mse_loss, accumulate=3)
+
+        assert ema.state_dict()["updates"] == 4
 
     def test_train_step_gives_metrics(self):
         """A step may return a dict of metrics whose loss is trained on; val_step is asked in validation."""
@@ -168,7 +220,8 @@ class TestFit:
 
     @pytest.mark.parametrize("batch", [3, 4, 5])
     @pytest.mark.parametrize("validates", [True, False])
-    def test_stop_near_the_end_of_an_epoch(self, tmp_path, batch, validates):
+    @pytest.mark.parametrize("has_length", [True, False])
+    def test_stop_near_the_end_of_an_epoch(self, tmp_path, batch, validates, has_length):
         """The step with the rest of an epoch is made after a stop too, and the next run goes on behind it."""
         results = []
         for stops in (False, True):
@@ -179,7 +232,8 @@ class TestFit:
                     handler.add_callback(ModelCheckpoint(folder / "a.pt", save_freq=Every(steps=1)))
                     if handler.resume(folder) is None and stops:
                         handler.on("train_batch_end", handler.stop, after=batch - 1, once=True)
-                    handler.fit(train, val if validates else None, epochs=2, loss_fn=mse_loss, accumulate=3)
+                    loader = train if has_length else IterableOf(train)
+                    handler.fit(loader, val if validates else None, epochs=2, loss_fn=mse_loss, accumulate=3)
             results.append(weights(handler))
 
         assert torch.equal(*results)

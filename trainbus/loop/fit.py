@@ -136,14 +136,15 @@ class _Plan:
         waiting = 0  # batches whose gradients no step has used yet
         for raw in handler.batches(loader):
             waiting += 1
-            with self._gradients_kept_local(waiting < self.accumulate):
+            steps = waiting == self.accumulate or handler.batch + 1 == handler.total_batches
+            with self._gradients_kept_local(not steps):
                 metrics = self._loss_of(self.train_step, raw)
                 self._backward(metrics["loss"])
-            if waiting == self.accumulate:
+            if steps:
                 self._optimizer_step()
                 waiting = 0
             handler.log(**metrics)
-        if waiting:  # also after a stop: no checkpoint holds gradients
+        if waiting:  # of a loader without a length; also after a stop, for no checkpoint holds gradients
             self._optimizer_step()
 
     @torch.no_grad()
@@ -215,7 +216,10 @@ class _Plan:
     def _gradients_kept_local(self, more_to_come: bool) -> contextlib.AbstractContextManager[Any]:
         # DDP averages gradients over the ranks in each backward, unless the forward was run like this too.
         no_sync = getattr(self.handler.model, "no_sync", None)
-        return no_sync() if more_to_come and no_sync is not None else contextlib.nullcontext()
+        # Of a loader without a length nobody knows which batch is the last to be stepped with.
+        if more_to_come and no_sync is not None and self.handler.total_batches is not None:
+            return no_sync()  # type: ignore[no-any-return]
+        return contextlib.nullcontext()
 
 
 def to_device(batch: Any, device: str | torch.device) -> Any:
