@@ -968,6 +968,23 @@ class TestLeaving:
         assert first.closed and not second.closed
         second.close()
 
+    def test_callback_of_two_handlers(self, tmp_path):
+        """When one handler is closed, its callbacks go on serving another one."""
+        checkpoint, counter = ModelCheckpoint(tmp_path / "{global_step}.pt"), Counter()
+        handlers = []
+        for _ in range(2):  # as a notebook cell that is run twice; the second one's lock closes the first
+            handler = make()
+            handler.add_callback(checkpoint), handler.add_callback(counter)
+            train(handler)
+            handler.flush()
+            handlers.append(handler)
+        first, second = handlers
+
+        assert first.closed and not second.closed
+        assert [one.checkpoint_stats().saves for one in handlers] == [1, 1] and counter.count == 6
+        second.close()
+        assert counter._attached == ()
+
     def test_second_handler_on_a_bus_closes_the_first(self):
         """One bus has one run at a time."""
         bus = trainbus.EventBus()

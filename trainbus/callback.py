@@ -65,6 +65,17 @@ class Callback:
             for subscription in subscriptions:
                 subscription.cancel()
 
+    def leave(self, bus: EventBus) -> None:
+        """Cancel the subscriptions to *bus*, whose handler is closed; those to others stay."""
+        if all(known is bus for known, _ in self._attached):
+            self.detach()
+            return
+        left = [pair for pair in self._attached if pair[0] is bus]
+        self._attached = tuple(pair for pair in self._attached if pair[0] is not bus)
+        for _, subscriptions in left:
+            for subscription in subscriptions:
+                subscription.cancel()
+
     @property
     def state_key(self) -> str:
         """Under which name a checkpoint keeps the state; a number is added for a second of the same name."""

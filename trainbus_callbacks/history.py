@@ -124,6 +124,8 @@ class History(Callback):
             )
 
     def _write_save(self, handler: Any, outcome: str, save: Any, **facts: Any) -> None:
+        if handler.rank != 0:  # where saves have no path
+            return
         times, now = save.times, time.time()
         # The clocks of durations and of dates are two; the one may be set while the other goes on.
         ahead = now - time.monotonic()

@@ -246,7 +246,7 @@ def _decoded(lines: Iterable[bytes]) -> Iterator[Record | None]:
         if line.strip():
             try:
                 yield _decode(json.loads(line))
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 yield None
 
 

@@ -50,11 +50,11 @@ class SignalFlag:
             return
         self._listens = True
         for one in self.signals:
-            if one not in _listening:
-                _listening[one] = []
+            is_first = one not in _listening
+            _listening.setdefault(one, []).append(self)
+            if is_first:
                 _earlier[one] = signal.getsignal(one)
                 signal.signal(one, _note)
-            _listening[one].append(self)
 
     def leave(self) -> None:
         """Give the signals back to whom they belonged, unless somebody else listens yet."""
@@ -62,11 +62,13 @@ class SignalFlag:
             return
         self._listens = False
         for one in self.signals:
-            _listening[one].remove(self)
-            if not _listening[one]:
-                # None: it was set by something else than Python, which has to set it again itself.
-                signal.signal(one, _earlier.pop(one) or signal.SIG_DFL)
-                del _listening[one]
+            if _listening[one] == [self]:
+                # First, so that no signal is lost. None: it was set by something else than Python, which
+                # has to set it again itself.
+                signal.signal(one, _earlier[one] or signal.SIG_DFL)
+                del _listening[one], _earlier[one]
+            else:
+                _listening[one].remove(self)
 
     def take(self) -> signal.Signals | None:
         """Return the signal that came last, if one came since the last call."""

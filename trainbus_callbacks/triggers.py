@@ -155,7 +155,8 @@ class _AnyOf(Trigger):
         return all(part.is_counted for part in self.parts)
 
     def is_due(self, moment: Moment) -> bool:
-        return any(part.is_due(moment) for part in self.parts)
+        due = [part.is_due(moment) for part in self.parts]  # each is asked, because one may keep count
+        return any(due)
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, self.parts))

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from trainbus import Handler
+from trainbus.checkpoint.manifest import Manifest
+from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.testing import FakeHandler, emit_run
 from trainbus_callbacks import History, KeepLast, ModelCheckpoint, read_history
 from trainbus_callbacks.history_file import Metrics, Removal, SaveRecord
@@ -76,8 +78,14 @@ class TestMetrics:
         assert seen == [1, 2, 3]
 
     def test_rank_0_only(self, tmp_path):
-        """Other ranks write nothing."""
-        run(tmp_path / "h", handler=FakeHandler(rank=1), every=1, epochs=1, logs={"loss": 1.0})
+        """Other ranks write nothing, and know no paths of saves."""
+        handler = FakeHandler(rank=1)
+        run(tmp_path / "h", handler=handler, every=1, epochs=1, logs={"loss": 1.0})
+        save = PendingSave(None)
+        handler.bus.post("checkpoint_saved", save=save, path=None, manifest=Manifest(contents="state"))
+        handler.bus.post("checkpoint_failed", save=save, path=None, error=OSError())
+        handler.bus.post("checkpoint_skipped", save=save, path=None, reason="busy")
+        handler.bus.drain()
 
         assert not (tmp_path / "h").exists()
 
@@ -230,6 +238,7 @@ class TestDamage:
             b'{"record": "metrics", "time": 1, "scope": "epoch", "epoch": 0, "global_step": 1, "logs": [1]}',
             b'{"record": "removal", "time": "nan", "file": "a"}',
             b'{"record": "removal", "time": 1e300, "file": "a"}',
+            b'{"record": "removal", "time": 1' + b"0" * 400 + b', "file": "a"}',
             b'{"record": "save", "time": 1, "outcome": "saved", "file": 3}',
             b'{"record": "save", "time": 1, "outcome": "saved", "file": "a", "size": true}',
             b'{"record": "save", "time": 1, "outcome": "saved", "file": "a", "durable": "inf"}',

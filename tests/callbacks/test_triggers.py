@@ -61,6 +61,17 @@ class TestEvery:
 
 
 class TestCombination:
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_each_is_asked(self, order):
+        """A predicate is asked at each batch, also where another trigger is due anyway."""
+        seen = []
+        parts = [Every(steps=2), trigger_of(lambda one: seen.append(one.global_step))][::order]
+        trigger = parts[0] | parts[1]
+        for step in range(1, 5):
+            trigger.is_due(moment(global_step=step))
+
+        assert seen == [1, 2, 3, 4]
+
     def test_is_due_when_one_is(self):
         """Triggers and predicates combined are due when any of them is, whichever comes first."""
 

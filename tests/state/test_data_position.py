@@ -529,6 +529,22 @@ class TestOpen:
         for rest in ([[8, 9], [10]], [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10]]):
             assert [batch.tolist() for batch in positions.open(loader, "train")] == rest
 
+    @pytest.mark.parametrize("options", [{}, {"num_workers": 1, "persistent_workers": True}])
+    def test_batch_in_hand_comes_again_once(self, options: dict[str, Any]) -> None:
+        """A batch that was in hand is handed out again, and not in the passes after that one."""
+        positions = DataPositions()
+        iterator = positions.open(DataLoader(Samples(augmented=False), 2, **options), "train")
+        next(iterator), positions.advanced("train"), next(iterator)
+        state = positions.state_dict(in_hand=1)
+        loader = DataLoader(Samples(augmented=False), 2, **options)
+        positions = DataPositions()
+        positions.load_state_dict(state)
+
+        everything = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10]]
+        for expected in (everything[1:], everything, everything):
+            assert [batch.tolist() for batch in positions.open(loader, "train")] == expected
+            positions.new_epoch()
+
     def test_new_epoch_after_a_load(self) -> None:
         """A pass that was under way is not continued in another epoch."""
         positions = DataPositions()

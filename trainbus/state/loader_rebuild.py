@@ -164,7 +164,8 @@ class _Rest:
 
     def _items(self, live: Iterator[Any]) -> Iterator[Any]:
         self.advance(live)
-        yield from self._again
+        again, self._again = self._again, []  # workers that are kept begin each later pass here too
+        yield from again
         yield from live
 
     def advance(self, live: Iterator[Any]) -> None:
