@@ -62,7 +62,7 @@ class TensorBoardLogger(Callback):
 
         self._close()
         # Steps count completed batches, so what stands at the next one was written by a run that is lost.
-        purge_step = handler.global_step + 1 if resumed else None
+        purge_step = (handler.global_step or handler.epoch) + 1 if resumed else None
         self.writer = SummaryWriter(self.log_dir, purge_step=purge_step)
 
     def on_train_batch_end(self, global_step: int, logs: Mapping[str, Any]) -> None:
@@ -70,10 +70,10 @@ class TensorBoardLogger(Callback):
         if self.writer is not None and self.every is not None and global_step % self.every == 0:
             self._write("batch/", logs, global_step)
 
-    def on_epoch_end(self, global_step: int, logs: Mapping[str, Any]) -> None:
+    def on_epoch_end(self, epoch: int, global_step: int, logs: Mapping[str, Any]) -> None:
         """Write the epoch's metrics, and have all that was written in the file."""
         if self.writer is not None:
-            self._write("", logs, global_step)
+            self._write("", logs, global_step or epoch + 1)  # a loop that emits epochs alone stays at step 0
             self.writer.flush()
 
     def on_train_end(self) -> None:

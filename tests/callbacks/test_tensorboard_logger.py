@@ -49,6 +49,21 @@ class TestCurves:
 
         assert list(curves(tmp_path)) == ["loss"]
 
+    def test_loop_that_emits_epochs_alone(self, tmp_path):
+        """A run that counts no steps stands over its epochs, also when it is resumed."""
+        for resumed in (False, True):
+            handler = FakeHandler(resumed=resumed)
+            handler.epoch = 2 if resumed else 0
+            handler.add_callback(TensorBoardLogger(tmp_path))
+            handler.bus.emit("train_begin", resumed=resumed)
+            for epoch in range(2, 4) if resumed else range(3):
+                handler.bus.emit(
+                    "epoch_end", epoch=epoch, global_step=0, logs={"loss": epoch + 0.5 * resumed}
+                )
+            handler.bus.emit("train_end")
+
+        assert curves(tmp_path) == {"loss": [(1, 0.0), (2, 1.0), (3, 2.5), (4, 3.5)]}
+
     def test_after_each_epoch(self, tmp_path):
         """What was written is in the file when the epoch is over, so that a kill takes none of it."""
         handler, seen = FakeHandler(), []

@@ -68,11 +68,23 @@ class TestDiff:
             ({"l": [1, 2]}, {"l": [1]}, "l  value: [1, 2] in A, [1] in B"),
             ({"l": [{"w": 1}, 5]}, {"l": [{"w": 2}, 5]}, "l.0.w  value: 1 in A, 2 in B"),
             ({"a\nb": 1}, {"a\nb": 2}, "a?b  value: 1 in A, 2 in B"),
+            (
+                {"t": (torch.ones(2),)},
+                {"t": (torch.ones(2), torch.ones(2))},
+                "t  value: (tensor([1., 1.]),) in A, (tensor([1., 1.]), tensor([1., 1.])) in B",
+            ),
         ],
     )
     def test_difference(self, diff, a, b, line):
         """What differs is one line with its place and both sides, and the exit code is 1."""
         assert diff(a, b)[:2] == (1, [line])
+
+    def test_nan_in_a_sequence(self, diff):
+        """NaN is NaN in a list and a tuple too."""
+        state = {"m": (math.nan, 4.0), "l": [math.nan]}
+        code, lines, _ = diff(state, state)
+
+        assert code == 0 and lines == ["equal: the same names, and the same bits in each."]
 
     def test_json(self, diff):
         """With --json each difference is an object of numbers that JSON knows."""

@@ -137,6 +137,16 @@ class TestMistakes:
         assert export(tmp_path / "a.pt", target, "--force")[0] == 0
         assert load_file(target).keys() == {"w"}
 
+    def test_is_there_at_home(self, tmp_path, monkeypatch):
+        """Also where its path begins with ~."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        trainbus.save({"w": torch.ones(1)}, tmp_path / "a.pt")
+        (tmp_path / "w.safetensors").write_text("mine")
+        code, _, told = export(tmp_path / "a.pt", "~/w.safetensors")
+
+        assert code == 2 and "is there already" in told
+        assert (tmp_path / "w.safetensors").read_text() == "mine"
+
     def test_damaged(self, tmp_path, target):
         """A damaged checkpoint is not exported."""
         trainbus.save({"w": torch.ones(1000)}, tmp_path / "a.pt")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -30,6 +32,19 @@ class TestMain:
 
         assert info.value.code == 0
         assert "demo" in capsys.readouterr().out
+
+    def test_folder_that_may_not_be_read(self, tmp_path, monkeypatch, capsys):
+        """What the system refuses is one line, and no traceback."""
+
+        def scandir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        monkeypatch.setattr(sys, "argv", ["trainbus", "ls", str(tmp_path)])
+        with pytest.raises(SystemExit) as info:
+            main()
+
+        assert info.value.code == f"trainbus: [Errno 13] Permission denied: {str(tmp_path)!r}"
 
     def test_python_m(self, tmp_path):
         """``python -m trainbus`` is the same command, in the Python that runs it."""

@@ -93,6 +93,35 @@ class TestCheckpoints:
         assert [one.file for one in data.checkpoints if one.best] == ["m_2.pt"]
         assert [one.file for one in data.checkpoints if one.newest] == ["m_4.pt"]
 
+    def test_loop_that_emits_epochs_alone(self, folder):
+        """A run that counts no steps stands over its epochs."""
+        with Handler(torch.nn.Linear(1, 1)) as handler:
+            handler.add_callback(History(folder / "history.jsonl"))
+            handler.add_callback(ModelCheckpoint(folder / "m_{epoch}.pt", monitor="val_loss"))
+            handler.emit("train_begin")
+            for epoch in range(3):
+                handler.emit("epoch_end", epoch=epoch, logs={"val_loss": 1 / (1 + epoch)})
+            handler.emit("train_end")
+        data = data_of(folder)
+
+        (curve,) = data.curves
+        assert (curve.steps, curve.epochs) == ([1, 2, 3], [0, 1, 2])
+        assert [data.place_of(one) for one in data.checkpoints] == [1, 2, 3]
+        assert report(folder, "-o", folder / "r.html")[0] == 0
+
+    def test_came_late(self, folder):
+        """A save that was given up and came after all stands there once, as saved."""
+        train(folder, 1)
+        lines = (folder / "history.jsonl").read_text().splitlines()
+        saved = json.loads(next(line for line in lines if '"saved"' in line))
+        failed = {**saved, "outcome": "failed", "reason": "it hung", "requested": saved["requested"] + 1e-4}
+        at = next(index for index, line in enumerate(lines) if '"saved"' in line)
+        lines.insert(at, json.dumps(failed))
+        (folder / "history.jsonl").write_text("\n".join(lines) + "\n")
+
+        data = data_of(folder)
+        assert [one.fate for one in data.checkpoints] == ["kept"] and data.totals.failed == 0
+
     def test_other_metric(self, folder):
         """--monitor and --mode say by what one is the best."""
         train(folder, 3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import zipfile
 
 import pytest
@@ -119,6 +121,44 @@ class TestVerify:
             ["ok", str(tmp_path / "a.pt")],
             ["damaged", str(tmp_path / "b.pt")],
         ]
+
+    def test_links_that_lead_nowhere(self, tmp_path):
+        """Links to themselves, to nothing, or through a file are passed over."""
+        trainbus.save(torch.ones(1), tmp_path / "a.pt")
+        for name, target in (("loop.pt", "loop.pt"), ("gone.pt", "nothing"), ("through.pt", "a.pt/x")):
+            (tmp_path / name).symlink_to(target)
+
+        code, lines = verify(tmp_path)
+        assert code == 0 and [line.split()[1] for line in lines] == [str(tmp_path / "a.pt")]
+
+    def test_folder_without_any(self, tmp_path):
+        """Where there is nothing to verify, nothing was verified."""
+        trainbus.save(torch.ones(1), tmp_path / "a" / "a.pt")
+        (tmp_path / "empty").mkdir()
+
+        code, lines = verify(tmp_path / "empty", tmp_path / "a")
+        assert code == 1 and lines[0] == f"damaged  {tmp_path}/empty  (there is no checkpoint in it)"
+        assert lines[1].startswith("ok")
+
+    def test_folder_that_may_not_be_read(self, tmp_path, monkeypatch):
+        """It has a line, and what else was named is verified."""
+        trainbus.save(torch.ones(1), tmp_path / "a.pt")
+        (tmp_path / "locked").mkdir()
+
+        def scandir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        code, lines = verify(tmp_path / "locked", tmp_path / "a.pt")
+        assert code == 1 and "locked  (Permission denied)" in lines[0] and lines[1].startswith("ok")
+
+    def test_odd_names(self, tmp_path):
+        """A name is one line, whatever is in it."""
+        for name in ("a\nok       b.pt", os.fsdecode(b"caf\xe9.pt")):
+            trainbus.save(torch.ones(1), tmp_path / name)
+
+        _, lines = verify(tmp_path)
+        assert len(lines) == 2 and f"{tmp_path}/a?ok       b.pt" in lines[0] and "caf?.pt" in lines[1]
 
     @pytest.mark.parametrize("kind", ["missing", "plain", "no zip"])
     def test_what_cannot_be_checked(self, tmp_path, kind):

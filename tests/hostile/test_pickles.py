@@ -428,6 +428,15 @@ class TestWhatTorchAllows:
 
         assert outcome[:2] == (0, "CheckpointCorruptError") and outcome.growth < MEMORY
 
+    def test_bytes_that_are_not_there(self, in_child, tmp_path):
+        """
+        No room is made for bytes that the pickle only speaks of.
+        """
+        (tmp_path / "a.pt").write_bytes(archive(b"\x80\x05\x96" + (1 << 30).to_bytes(8, "little") + b"abc."))
+        outcome = in_child(lambda: kind_of_refusal(read_outline, tmp_path / "a.pt"))
+
+        assert outcome[:2] == (0, "CheckpointCorruptError") and outcome.growth < MEMORY
+
     @pytest.mark.parametrize("put", [b"r\xff\xff\xff\x0f", b"p268435455\n"])
     def test_number_of_a_value(self, in_child, tmp_path, put):
         """

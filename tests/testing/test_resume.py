@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import os
@@ -430,6 +431,8 @@ class TestDifferences:
             ({"a": 1}, {}, "x['a'] is missing"),
             ({}, {"a": 1}, "x['a'] should not be there"),
             ([None], [None, None], "x has 2 items instead of 1"),
+            ((torch.ones(2),), (torch.ones(2), torch.ones(2)), "x has 2 items instead of 1"),
+            ((1.0,), (torch.ones(2),), "x[0] is of type Tensor instead of 1.0"),
             ((1, 2), (1, 3), "x is (1, 3) instead of (1, 2)"),
             ([{"a": "b"}], [{"a": "c"}], "x[0]['a'] is 'c' instead of 'b'"),
             (1, 1.0, "x is 1.0 instead of 1"),
@@ -444,6 +447,8 @@ class TestDifferences:
         "value",
         [
             math.nan,
+            (float("nan"), 4.0),
+            [float("nan")],
             torch.tensor([math.nan]),
             torch.ones(2).to_sparse(),
             torch.ones(0),
@@ -453,7 +458,7 @@ class TestDifferences:
     )
     def test_equal(self, value):
         """What is the same bit for bit is no difference, NaN included."""
-        assert list(value_differences(value, value, "x", ())) == []
+        assert list(value_differences(value, copy.deepcopy(value), "x", ())) == []
 
     def test_ignored(self):
         """Names to be ignored are, at any depth."""

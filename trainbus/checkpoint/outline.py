@@ -7,11 +7,12 @@ import math
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from trainbus.checkpoint.file_format import open_regular
 from trainbus.errors import CheckpointCorruptError
@@ -130,7 +131,13 @@ def _read(file: BinaryIO, path: str | os.PathLike[str]) -> Any:
         for name, record in records.items()
         if name.startswith(f"{folder}data/")
     }
-    return _Outliner(io.BytesIO(archive.read(name)), sizes).load()
+    content = io.BytesIO(archive.read(name))
+    try:
+        return _Outliner(content, sizes).load()
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # what Python's unpickler raises has few words
+        raise pickle.UnpicklingError("its pickle is cut off or damaged") from error
 
 
 class _Outliner(pickle._Unpickler):
@@ -145,6 +152,20 @@ class _Outliner(pickle._Unpickler):
         super().__init__(stream, encoding="utf-8")
         self._sizes = sizes
         self._classes: dict[str, type[Opaque]] = {}
+
+    # Set by `load`.
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
+
+    def load_bytearray8(self) -> None:
+        """Take bytes that are there, where the unpickler would make room for what is said first."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a name in the pickle."""

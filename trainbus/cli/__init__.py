@@ -17,6 +17,8 @@ def main() -> None:
         app()
     except MissingExtraError as error:
         sys.exit(f"trainbus: {error}")
+    except OSError as error:  # such as a folder that may not be read
+        sys.exit(f"trainbus: {error}")
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in ("typer", "rich", "tqdm"):

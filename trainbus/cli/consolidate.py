@@ -39,6 +39,7 @@ def run(folder: str, target: str, *, force: bool, as_json: bool) -> None:
     Raises:
         typer.BadParameter: *target* is there, or *folder* is no sharded checkpoint, or damaged.
     """
+    target = os.path.expanduser(target)
     if os.path.isdir(target) or (os.path.lexists(target) and not force):
         more = "" if os.path.isdir(target) else " Give --force to replace it."
         raise typer.BadParameter(f"{target!r} is there already.{more}")

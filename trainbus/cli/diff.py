@@ -81,7 +81,7 @@ def differences(a: Any, b: Any, name: str = "") -> Iterator[Difference]:
                 yield from differences(a[key], b[key], place)
     elif type(a) is not type(b):
         yield Difference(name, "type", _words(a), _words(b))
-    elif isinstance(a, list | tuple) and len(a) == len(b) and not _is_plain(a):
+    elif isinstance(a, list | tuple) and len(a) == len(b) and not (_is_plain(a) and _is_plain(b)):
         for index, (one, other) in enumerate(zip(a, b, strict=True)):
             yield from differences(one, other, f"{name}.{index}" if name else str(index))
     elif _is_other(a, b):
@@ -126,6 +126,8 @@ def _is_plain(values: list[Any] | tuple[Any, ...]) -> bool:
 
 
 def _is_other(a: Any, b: Any) -> bool:
+    if isinstance(a, list | tuple):
+        return len(a) != len(b) or any(map(_is_other, a, b))
     return bool(a != b) and not (a != a and b != b)  # NaN is NaN here
 
 

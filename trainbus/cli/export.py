@@ -39,6 +39,7 @@ def run(file: str, target: str, *, force: bool, as_json: bool) -> None:
         typer.BadParameter: *target* has another suffix or is there, or *file* holds no weights.
         MissingExtraError: safetensors is not installed.
     """
+    target = os.path.expanduser(target)
     if not target.endswith(_SUFFIX):
         raise typer.BadParameter(f"{target!r} does not end in {_SUFFIX}, and `export` writes nothing else.")
     if os.path.lexists(target) and not force:

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trainbus.checkpoint.file_format import read_manifest
+from trainbus.checkpoint.folder import is_file
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_format import is_sharded, read_sharded
 from trainbus.checkpoint.verify import damaged_shards, verify_checkpoint
+from trainbus.cli.text import printable
 from trainbus.errors import CheckpointCorruptError, TrainbusError
 
 __all__ = ["run"]
@@ -26,22 +28,28 @@ def run(paths: Sequence[str], *, as_json: bool) -> int:
 
     Returns:
         The exit code: 0 if all are whole, 1 if any is damaged, cannot be read or has nothing to be
-        checked against.
+        checked against, or a folder holds none.
     """
     worst = 0
-    for path in _files(paths):
-        found = _check(path)
-        worst |= not found["ok"]
-        print(json.dumps(found) if as_json else _line(found), flush=True)
+    for path in paths:
+        for found in _found_at(path):
+            worst |= not found["ok"]
+            print(json.dumps(found) if as_json else _line(found), flush=True)
     return int(worst)
 
 
-def _files(paths: Sequence[str]) -> Iterator[str]:
-    for path in paths:
-        if os.path.isdir(path) and not is_sharded(path):
-            yield from sorted(_checkpoints_in(path))
-        else:
-            yield path
+def _found_at(path: str) -> Iterator[dict[str, Any]]:
+    if not os.path.isdir(path) or is_sharded(path):
+        yield _check(path)
+        return
+    try:
+        inside = sorted(_checkpoints_in(path))
+    except OSError as error:
+        yield _damaged(path, error.strerror or str(error))
+        return
+    if not inside:
+        yield _damaged(path, "there is no checkpoint in it")
+    yield from map(_check, inside)
 
 
 def _checkpoints_in(folder: str) -> Iterator[str]:
@@ -49,7 +57,7 @@ def _checkpoints_in(folder: str) -> Iterator[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if is_sharded(entry.path) or (entry.is_file() and not _is_something_else(entry.path)):
+            if is_sharded(entry.path) or (is_file(entry) and not _is_something_else(entry.path)):
                 yield entry.path
 
 
@@ -68,10 +76,14 @@ def _check(path: str) -> dict[str, Any]:
     try:
         manifest = verify_checkpoint(path)
     except CheckpointCorruptError as error:
-        return {"path": path, "ok": False, "reason": error.reason, "parts": _parts(path)}
+        return _damaged(path, error.reason, _parts(path))
     except OSError as error:
-        return {"path": path, "ok": False, "reason": error.strerror or str(error), "parts": []}
+        return _damaged(path, error.strerror or str(error))
     return {"path": path, "ok": True, **_facts(manifest)}
+
+
+def _damaged(path: str, reason: str, parts: Sequence[str] = ()) -> dict[str, Any]:
+    return {"path": path, "ok": False, "reason": reason, "parts": list(parts)}
 
 
 def _parts(path: str) -> list[str]:
@@ -97,12 +109,13 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _line(found: dict[str, Any]) -> str:
+    path = printable(found["path"])
     if found["ok"]:
         place = (
             f", epoch {found['epoch'] + 1}, step {found['global_step']}"
             if found["contents"] != "object"
             else ""
         )
-        return f"ok       {found['path']}  ({found['size'] / 1e6:,.1f} MB{place})"
+        return f"ok       {path}  ({found['size'] / 1e6:,.1f} MB{place})"
     parts = f"; damaged: {', '.join(found['parts'])}" if found["parts"] else ""
-    return f"damaged  {found['path']}  ({found['reason']}{parts})"
+    return f"damaged  {path}  ({printable(found['reason'] + parts)})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def value_differences(expected: Any, actual: Any, place: str, ignore: Collection
         yield f"{place} is {_short(actual)} instead of {_short(expected)}"
     elif isinstance(expected, Mapping):
         yield from _mapping_differences(expected, actual, place, ignore)
-    elif isinstance(expected, list | tuple) and not all(isinstance(one, _NUMBERS) for one in expected):
+    elif isinstance(expected, list | tuple) and not _are_numbers(expected, actual):
         if len(expected) != len(actual):
             yield f"{place} has {len(actual)} items instead of {len(expected)}"
             return
@@ -81,8 +81,18 @@ def value_differences(expected: Any, actual: Any, place: str, ignore: Collection
             yield from value_differences(*pair, f"{place}[{index}]", ignore)
     elif isinstance(expected, torch.Tensor):
         yield from _tensor_differences(expected, actual, place)
-    elif expected != actual and not (expected != expected and actual != actual):  # NaN is NaN here
+    elif _is_other(expected, actual):
         yield f"{place} is {_short(actual)} instead of {_short(expected)}"
+
+
+def _are_numbers(*sequences: Sequence[Any]) -> bool:
+    return all(isinstance(one, _NUMBERS) for sequence in sequences for one in sequence)
+
+
+def _is_other(expected: Any, actual: Any) -> bool:
+    if isinstance(expected, list | tuple):
+        return len(expected) != len(actual) or any(map(_is_other, expected, actual))
+    return bool(expected != actual) and not (expected != expected and actual != actual)  # NaN is NaN here
 
 
 def _mapping_differences(

@@ -14,7 +14,7 @@ from trainbus.cli.ls import judged_by
 from trainbus.cli.report.run_data import Checkpoint, Curve, Part, RunData, Span
 from trainbus.cli.report.words import counted
 from trainbus.errors import CheckpointCorruptError
-from trainbus_callbacks.history_file import Begin, Metrics, Removal, RunHistory, SaveRecord, Sitting
+from trainbus_callbacks.history_file import Begin, Metrics, Record, Removal, RunHistory, SaveRecord, Sitting
 
 __all__ = ["gather"]
 
@@ -133,7 +133,7 @@ class _Records:
         limits = _last_steps_that_count(sittings)
         for part, sitting, limit in zip(self._data.parts, sittings, limits, strict=True):
             self._span("training", part.start, part.seconds, None)
-            for record in sitting.records:
+            for record in _without_given_up(sitting.records):
                 if isinstance(record, SaveRecord):
                     self._add_save(record, abandoned=record.global_step > limit)
                     self._add_spans(record, part)
@@ -255,6 +255,25 @@ def _mark(data: RunData, files: Sequence[CheckpointFile], monitor: str | None, m
         there[os.path.relpath(newest.path, data.folder)].newest = True
 
 
+def _without_given_up(records: Sequence[Record]) -> list[Record]:
+    """Leave out saves that were given up because a disk hung, and came late: their files are there."""
+    saves = [(index, one) for index, one in enumerate(records) if isinstance(one, SaveRecord)]
+    came_late = {
+        index
+        for index, one in saves
+        if one.outcome == "failed" and any(_came_late(one, later) for at, later in saves if at > index)
+    }
+    return [record for index, record in enumerate(records) if index not in came_late]
+
+
+def _came_late(failed: SaveRecord, later: SaveRecord) -> bool:
+    if later.outcome != "saved" or failed.requested is None or later.requested is None:
+        return False
+    # What was written at two times of day by one clock differs a little.
+    same_moment = abs(failed.requested - later.requested) < 0.05
+    return same_moment and (failed.file, failed.global_step) == (later.file, later.global_step)
+
+
 def _add_curves(data: RunData, sittings: Sequence[Sitting]) -> None:
     points: dict[tuple[str, str], dict[int, tuple[int, float]]] = {}
     for sitting, limit in zip(sittings, _last_steps_that_count(sittings), strict=True):
@@ -263,11 +282,11 @@ def _add_curves(data: RunData, sittings: Sequence[Sitting]) -> None:
                 for name, value in record.logs.items():
                     # A resumed run does the end of an epoch again; the later one counts.
                     of_curve = points.setdefault((name, record.scope), {})
-                    of_curve[record.global_step] = (record.epoch, value)
+                    of_curve[data.place_of(record)] = (record.epoch, value)
     if not points:
         for one in data.checkpoints:
             for name, value in one.logs.items():
-                points.setdefault((name, "checkpoint"), {})[one.global_step] = (one.epoch, value)
+                points.setdefault((name, "checkpoint"), {})[data.place_of(one)] = (one.epoch, value)
     data.curves = [_curve(name, scope, of_curve) for (name, scope), of_curve in points.items()]
 
 

@@ -66,7 +66,7 @@ def metrics_figure(data: RunData) -> go.Figure | None:
         row = len(panels) + 1
         for level, saves in enumerate(reversed(lanes)):
             for kind, marks in _by_mark(saves).items():
-                steps = [one.global_step for one in marks]
+                steps = [data.place_of(one) for one in marks]
                 legend.add(row, kind, _marks(kind, steps, [level] * len(marks), map(described, marks)))
         names = [in_chart(lane(saves), 24) for saves in reversed(lanes)]
         figure.update_yaxes(
@@ -79,10 +79,9 @@ def metrics_figure(data: RunData) -> go.Figure | None:
         )
         put_title(figure, tops[-1], "Checkpoints")
     figure.update_xaxes(showticklabels=False)
-    figure.update_xaxes(
-        row=len(heights), col=1, title_text="training batches completed", tickformat=",d", showticklabels=True
-    )
-    if data.global_step <= 10:
+    title = "training batches completed" if data.global_step else "epochs completed"
+    figure.update_xaxes(row=len(heights), col=1, title_text=title, tickformat=",d", showticklabels=True)
+    if max(data.global_step, data.epoch) <= 10 or not data.global_step:
         figure.update_xaxes(dtick=1)
     for part in data.parts[1:MOST_SEAMS]:
         figure.add_vline(part.first_step, line=SEAM)
@@ -154,7 +153,8 @@ def _marks_on(data: RunData, base: str) -> dict[str, go.Scatter]:
     for kind, saves in _by_mark(data.checkpoints).items():
         placed = [(one, name) for one in saves if (name := _metric(one, base, data.monitor)) is not None]
         if placed and kind != "lost":
-            steps, values = [one.global_step for one, _ in placed], [one.logs[name] for one, name in placed]
+            steps = [data.place_of(one) for one, _ in placed]
+            values = [one.logs[name] for one, name in placed]
             texts = [
                 f"{named(one)}<br>{in_chart(name)} <b>{number(one.logs[name])}</b>" for one, name in placed
             ]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from trainbus_callbacks.history_file import Metrics
+
 __all__ = ["Checkpoint", "Curve", "Part", "RunData", "Span", "Totals"]
 
 
@@ -192,6 +194,10 @@ class RunData:
     spans: list[Span] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def place_of(self, one: Checkpoint | Metrics) -> int:
+        """Return where *one* stands on the axis: by its step, or by epochs in a run that counts no steps."""
+        return one.global_step if self.global_step else one.epoch + 1
 
     @property
     def best(self) -> Checkpoint | None:
