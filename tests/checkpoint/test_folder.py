@@ -122,6 +122,8 @@ class TestLatest:
         [file] = CheckpointFolder(tmp_path)
 
         assert file.is_link and file == CheckpointFolder(tmp_path).latest()
+        os.rename(tmp_path / "link.pt", tmp_path / "a.pt")  # as the file itself is called
+        assert not next(iter(CheckpointFolder(tmp_path))).is_original
         assert not next(iter(CheckpointFolder(tmp_path / "elsewhere"))).is_link
 
     def test_only_states(self, tmp_path, write):

@@ -23,6 +23,8 @@ from trainbus.checkpoint import staging_memory
 from trainbus.checkpoint.sharded import ShardedSaver, collect_sharded, restore_sharded
 from trainbus.checkpoint.sharded_format import METADATA, read_sharded, seal_folder
 from trainbus.checkpoint.sharded_load import load_into
+from trainbus.checkpoint.sharded_state import STRUCTURE
+from trainbus.checkpoint.sharded_writer import WHOLE, ShardPlanner, StagedState
 from trainbus.checkpoint.staging_memory import StagingBuffer, map_pages
 from trainbus.errors import CheckpointCorruptError, RankFailedError, StateMismatchError
 from trainbus.testing import FaultyDisk
@@ -72,6 +74,21 @@ def reseal(path):
 
 
 class TestSave:
+    @pytest.mark.parametrize("other", [None, 3, "x"])
+    def test_plain_values_are_the_first_ranks(self, other):
+        """Where rank 0 has a tensor, another rank may have a plain value: rank 0's is written."""
+        plans = []
+        planners = [ShardPlanner(f"with {other}, rank {rank}") for rank in range(2)]
+        for rank, (planner, value) in enumerate(zip(planners, (torch.ones(2), other), strict=True)):
+            entries = {"extra.best": value, STRUCTURE: ({}, [])}
+            planner.set_up_planner({WHOLE: StagedState(entries, {})}, is_coordinator=rank == 0)
+            plans.append(planner.create_local_plan())
+        final, metadata = planners[0].create_global_plan(plans)
+
+        assert {item.index.fqn for item in final[0].items} == {"extra.best", STRUCTURE}
+        assert final[1].items == []
+        assert metadata.state_dict_metadata["extra.best"].size == torch.Size([2])
+
     def test_may_change_once_it_returns(self, saver, tmp_path):
         """What changes after save has returned is not in the checkpoint, be nothing of it written yet."""
         state = {"a": torch.zeros(1000), "b": [torch.zeros(3, dtype=torch.bfloat16)], "n": 1}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import trainbus
+from trainbus import CheckpointFolder
 from trainbus.cli.app import app
 from trainbus.testing import FaultyDisk
 
@@ -55,6 +56,15 @@ class TestConsolidate:
         manifest = trainbus.verify(tmp_path / "out.pt")
         assert (manifest.epoch, manifest.global_step, manifest.logs) == (1, 7, {"loss": 0.5})
         assert sorted(os.listdir(tmp_path)) == ["out.pt", "run"]
+
+    def test_does_not_count(self, tmp_path, path):
+        """The file is a copy of what a callback has saved, and none of its own."""
+        run("consolidate", path, path.with_name("whole.pt"))
+
+        assert {os.path.basename(file.path): file.is_original for file in CheckpointFolder(path.parent)} == {
+            path.name: True,
+            "whole.pt": False,
+        }
 
     def test_json(self, tmp_path, path):
         """--json prints what was written."""

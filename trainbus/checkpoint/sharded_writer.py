@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
@@ -152,6 +152,10 @@ class ShardPlanner(DefaultSavePlanner):
         Torch's own comparison passes over dtypes, and some versions keep a plan that came to nothing.
         """
         plan = create_default_local_save_plan(self.state_dict, self.is_coordinator)
+        if not self.is_coordinator:
+            # Plain values are rank 0's, also where that has a tensor in their place.
+            tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
+            plan = dataclasses.replace(plan, items=tensors)
         self.plan = plan = dataclasses.replace(plan, planner_data=self.mappings)
         if SavePlanner._cached_save_plan.get(self._cached_plans_key) == plan:
             return SavePlan([], usable=False)

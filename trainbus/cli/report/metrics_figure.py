@@ -81,7 +81,7 @@ def metrics_figure(data: RunData) -> go.Figure | None:
     figure.update_xaxes(showticklabels=False)
     title = "training batches completed" if data.global_step else "epochs completed"
     figure.update_xaxes(row=len(heights), col=1, title_text=title, tickformat=",d", showticklabels=True)
-    if max(data.global_step, data.epoch) <= 10 or not data.global_step:
+    if (data.global_step or data.epoch) <= 10:
         figure.update_xaxes(dtick=1)
     for part in data.parts[1:MOST_SEAMS]:
         figure.add_vline(part.first_step, line=SEAM)
