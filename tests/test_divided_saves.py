@@ -397,10 +397,18 @@ class TestSave:
         with FaultyDisk(calls=["fsync"], before=hold):
             handler = Handler(modules, optimizers)
             handler.save_async(tmp_path / "a")
+            group = weakref.ref(handler._divided._group)
             with pytest.raises(TimeoutError, match=r"Still unfinished after 0\.1 s"):
                 handler.close(timeout=0.1)
-            assert handler._divided._group is None
+            assert handler._divided._group is None and group() is not None
             go.set()
+            handler._divided._saver.wait()
+        for _ in range(20):  # by the thread that has written, as its last act
+            gc.collect()
+            if group() is None:
+                break
+            time.sleep(0.1)
+        assert group() is None
 
     def test_interrupted_while_it_is_copied(self, tmp_path, monkeypatch):
         """Ctrl-C while the state is copied gives the memory back, so that the next save has it."""

@@ -25,7 +25,7 @@ from trainbus.checkpoint import disk
 from trainbus.checkpoint.commit import commit
 from trainbus.errors import HandlerClosedError, StateMismatchError
 from trainbus.testing import EventRecorder, FaultyDisk
-from trainbus_callbacks import ModelCheckpoint
+from trainbus_callbacks import EMA, ModelCheckpoint
 
 KEYS = ["module", "optimizer", "scheduler", "scaler", "extra", "callbacks", "progress", "rng", "data"]
 
@@ -970,11 +970,12 @@ class TestLeaving:
 
     def test_callback_of_two_handlers(self, tmp_path):
         """When one handler is closed, its callbacks go on serving another one."""
-        checkpoint, counter = ModelCheckpoint(tmp_path / "{global_step}.pt"), Counter()
+        checkpoint, counter, ema = ModelCheckpoint(tmp_path / "{global_step}.pt"), Counter(), EMA(0.5)
         handlers = []
         for _ in range(2):  # as a notebook cell that is run twice; the second one's lock closes the first
             handler = make()
-            handler.add_callback(checkpoint), handler.add_callback(counter)
+            for callback in (checkpoint, counter, ema):
+                handler.add_callback(callback)
             train(handler)
             handler.flush()
             handlers.append(handler)

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from trainbus import Handler, ranks
-from trainbus.errors import RankError
+from trainbus.errors import CheckpointCorruptError, RankError
 from trainbus.loading import _Failure, load_newest
 
 
@@ -35,13 +35,18 @@ class TestLoadNewest:
         assert loaded == [str(folder / "new.pt"), str(folder / "old.pt")]
         assert "Passed over while resuming: Rank 1 cannot load" in caplog.text and "torn" in caplog.text
 
-    def test_nothing_left(self, folder, monkeypatch):
-        """Where this rank has loaded the last file there is and another could not, the run does not begin."""
+    @pytest.mark.parametrize("half", ["new.pt", "old.pt"])
+    def test_nothing_left(self, folder, monkeypatch, half):
+        """Where this rank has loaded a file that another could not, and no other is left, nothing begins."""
         damaged = _Failure(True, "CheckpointCorruptError: torn")
         other_rank(monkeypatch, [damaged, damaged])
 
-        with pytest.raises(RankError, match=r"Rank 1 cannot load .*old\.pt'.* no other to go on from"):
-            load_newest(folder, lambda path: None)
+        def load(path):
+            if not path.endswith(half):
+                raise CheckpointCorruptError(path, "torn")
+
+        with pytest.raises(RankError, match=rf"Rank 1 cannot load .*{half}'.* no other to go on from"):
+            load_newest(folder, load)
 
     def test_missing_on_another_rank(self, folder, monkeypatch):
         """One that another rank cannot read at all ends the resume on all."""

@@ -50,6 +50,13 @@ class TestRank:
         assert ranks.rank() == 0
 
 
+class Mine(Exception):
+    """It can be pickled, and not unpickled: its arguments are not what it was made with."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
 class FakeTable:
     """Stands in for the group: the words of the other ranks are given, rank 0's answer is worked out."""
 
@@ -59,6 +66,7 @@ class FakeTable:
 
     def exchange(self, what, mine, answer):
         self.met.append(what)
+        self.said = mine
         rank = ranks.rank()
         return answer([*self.others[:rank], mine, *self.others[rank:]])
 
@@ -132,17 +140,14 @@ class TestTogether:
     def test_decide_raises_what_cannot_be_sent(self, meet, rank):
         """An error that cannot be sent is raised as it is on rank 0, and told of on the others."""
 
-        class Mine(Exception):
-            def __init__(self, one, two):
-                super().__init__(f"{one} and {two}")
-
         def fail():
             raise Mine(1, 2)
 
-        told = RankFailedError(0, "Mine: 1 and 2")
-        meet(rank, (None, told))
+        table = meet(rank, (None, RankFailedError(0, "Mine: 1 and 2")))
         with pytest.raises(Mine if rank == 0 else RankFailedError, match="1 and 2"):
             ranks.decide(fail)
+        if rank == 0:
+            assert type(pickle.loads(table.said)[1]) is RankFailedError
 
     @pytest.mark.parametrize(
         "error",

@@ -104,6 +104,19 @@ class TestSequence:
 
         return begin
 
+    def test_looks_once(self, tmp_path, monkeypatch):
+        """A folder is looked through once, however many saves go there."""
+        looks = []
+        real = CheckpointFolder.greatest_sequence
+        monkeypatch.setattr(
+            CheckpointFolder, "greatest_sequence", lambda folder: looks.append(folder.path) or real(folder)
+        )
+        with make() as handler:
+            for name in ("a.pt", "b.pt", "c.pt"):
+                handler.save(tmp_path / name)
+
+        assert looks == [str(tmp_path)]
+
     @pytest.mark.parametrize("reaction", ["warn", "raise"])
     def test_folder_that_cannot_be_listed(self, tmp_path, caplog, failing_listing, reaction):
         """It fails that save, as any refusal of the disk does; the next one is numbered as the newest."""

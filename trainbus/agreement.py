@@ -263,10 +263,11 @@ class Agreement:
 
     def _forget(self, event: str, number: int) -> None:
         if event == "checkpoint_skipped":
-            del self._expected[number]
+            self._expected.pop(number, None)
         elif event == "checkpoint_saved":
-            # The writer works in order. What failed before this one may not come late any more.
-            self._expected = {other: save for other, save in self._expected.items() if other > number}
+            # The writer works in order. What failed before this one may not come late any more; it itself may
+            # be given up at this very moment, and told of once more.
+            self._expected = {other: save for other, save in self._expected.items() if other >= number}
 
     def _deliver_here(self) -> None:
         while self._news:

@@ -145,7 +145,9 @@ class DividedSaves:
         if unfinished is None:
             _destroy(group)
         else:
-            unfinished.add_done_callback(lambda _: _destroy(group))
+            held = [group]  # a future keeps its callbacks
+            del group
+            unfinished.add_done_callback(lambda _: _destroy(held.pop()))
 
 
 def _destroy(group: Any) -> None:
@@ -186,7 +188,11 @@ def _refusal(problem: str | None) -> Callable[[], Any] | None:
 
 
 def _wholes(state: Any, keep: bool) -> tuple[dict[int, torch.Tensor], str | None]:
-    """Return each tensor of *state*, by its id, whole; or what went wrong. Comes to all collectives."""
+    """
+    Return each tensor of *state*, by its id, whole; or what went wrong.
+
+    Comes to all collectives, also when one of them fails here; not if it fails before the others are in it.
+    """
     whole: dict[int, torch.Tensor] = {}
     problem: str | None = None
     with torch.no_grad():

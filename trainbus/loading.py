@@ -140,7 +140,8 @@ def load_newest(
         if any(failures):
             told = _first_failure(path, failures)
             logger.warning("Passed over while resuming: %s", own or told)
-            half_loaded = None if all(failures) else told
+            if not all(failures):
+                half_loaded = told
             continue
         if ranks.rank() == 0:
             logger.info("resumed from %s: epoch %d, global step %d", path, epoch + 1, global_step)

@@ -290,14 +290,14 @@ class SaveRequests:
         self, accepted: _Accepted, state: Callable[[], Any]
     ) -> tuple[Callable[[], Any], Callable[[], Manifest]]:
         """Return what gives the state, or raises what is wrong already, and what says of which moment."""
-        described: Manifest | OSError
+        described: Manifest | Exception
         try:
             described = self._describe(accepted)
-        except OSError as error:
+        except Exception as error:  # not here, where several ranks would be left by one of them
             described = error
 
         def collect() -> Any:
-            if isinstance(described, OSError):
+            if isinstance(described, Exception):
                 raise described
             return state()
 

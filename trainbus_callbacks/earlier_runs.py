@@ -48,8 +48,8 @@ def reconcile(standing: Standing, monitor: str | None, template: NameTemplate) -
     if score is None or not math.isfinite(score):
         warnings.warn(
             f"The file {standing.best_path!r} of the best {monitor} ({standing.best_score}) is lost: "
-            f"{problem}. That best is forgotten, and what is better than the best file there is counts. "
-            "Put the file back to keep it.",
+            f"{problem}. That best is forgotten: the best file that is still there counts, or without one "
+            f"the next finite {monitor}. Put the file back to keep it.",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -96,7 +96,7 @@ class EMA(Callback):
 
     def on_train_batch_end(self, handler: Any, global_step: int) -> None:
         """Take the new weights into the average, if an optimizer stepped."""
-        if not self._averages:  # it was added amid a training
+        if not self._undo:  # it was added amid a training
             self.on_train_begin(handler)
         self._hide(handler)  # a validation in the batch's body may have been cut short
         if handler.accumulating or global_step <= self.start_step or global_step % self.every:
@@ -133,7 +133,7 @@ class EMA(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a file's set, and exchange the two if the module was loaded with the average."""
-        handler = next(bus.handler for bus, _ in self._attached)
+        handler = self._attached[-1][0].handler
         self._updates, self._is_exchanged = state.get("updates", 0), state.get("is_exchanged", False)
         weights = state.get("weights", {})
         if not weights:
@@ -158,7 +158,7 @@ class EMA(Callback):
         for name, module in _modules(handler):
             devices = {one.device for one in itertools.chain(module.parameters(), module.buffers())}
             if len(devices) == 1:  # a module on several stays where it was put when it was loaded
-                self._averages[name].to(devices.pop())
+                self._averages[name].module.to(devices.pop())
 
     def _show(self, handler: Any) -> None:
         if self._updates and not self._is_exchanged:

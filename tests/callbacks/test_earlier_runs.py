@@ -226,7 +226,9 @@ class TestBestThere:
         self.files(checkpoint, 0.5)
         self.resume(checkpoint, 0.5)
         self.files(checkpoint, 0.5, 0.2)
-        checkpoint.on_train_begin(FakeHandler(resumed=True))
+        again = FakeHandler(resumed=True)
+        again.lineage = ("before",)
+        checkpoint.on_train_begin(again)
 
         assert checkpoint.best_score == 0.5
 

@@ -66,11 +66,15 @@ class TestAverage:
 
         assert ema.averaged().weight.device.type == "meta"
 
-    def test_added_amid_a_training(self):
+    @pytest.mark.parametrize("is_loaded", [False, True])
+    def test_added_amid_a_training(self, is_loaded):
         """One that is added while a training goes on averages from the next batch on, and is shown."""
         handler, _ = counting()
         handler.bus.emit("train_begin")
-        handler.add_callback(EMA(decay=0.5, use_buffers=True))
+        ema = handler.add_callback(EMA(decay=0.5, use_buffers=True))
+        if is_loaded:
+            first = {"": {"weight": torch.zeros(1, 1)}}
+            ema.load_state_dict({"weights": first, "counts": {"": torch.tensor(0)}, "updates": 0})
         for step in range(1, 4):
             handler.module.weight.data.fill_(step)
             handler.bus.emit("train_batch_end", global_step=step)

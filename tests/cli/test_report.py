@@ -108,6 +108,8 @@ class TestCheckpoints:
         assert (curve.steps, curve.epochs) == ([1, 2, 3], [0, 1, 2])
         assert [data.place_of(one) for one in data.checkpoints] == [1, 2, 3]
         assert report(folder, "-o", folder / "r.html")[0] == 0
+        text = (folder / "r.html").read_text()
+        assert "epochs completed" in text and "epoch 3, step" not in text
 
     def test_came_late(self, folder):
         """A save that was given up and came after all stands there once, as saved."""

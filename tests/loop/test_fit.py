@@ -35,6 +35,13 @@ class IterableOf:
         return iter(self.loader)
 
 
+class WrongLength(IterableOf):
+    """The same, with a length that is not theirs."""
+
+    def __len__(self):
+        return 7
+
+
 def weights(handler):
     """Return all parameters as one vector."""
     return nn.utils.parameters_to_vector(handler.module.parameters()).detach().clone()
@@ -74,9 +81,15 @@ class TestFit:
         assert steps == [1, 3, 4]
 
     @pytest.mark.parametrize(
-        ("has_length", "kept_local"), [(True, [True, True, False, True, False]), (False, [False] * 5)]
+        ("kind", "kept_local"),
+        [
+            ("loader", [True, True, False, True, False]),
+            ("list", [True, True, False, True, False]),
+            ("without a length", [False] * 5),
+            ("with a wrong one", [False] * 5),
+        ],
     )
-    def test_accumulates_over_ranks(self, has_length, kept_local):
+    def test_accumulates_over_ranks(self, kind, kept_local):
         """DDP averages the gradients of each step over the ranks, also of the shorter one at the end."""
 
         class Distributed(nn.Module):
@@ -95,7 +108,12 @@ class TestFit:
                 self.local = False
 
         _, train, _ = make()
-        loader = train if has_length else IterableOf(train)
+        loader = {
+            "loader": train,
+            "list": list(train),
+            "without a length": IterableOf(train),
+            "with a wrong one": WrongLength(train),
+        }[kind]
         model = Distributed(nn.Linear(2, 1))
         with Handler(model, torch.optim.SGD(model.parameters())) as handler:
             steps = []

@@ -137,7 +137,8 @@ def _read(file: BinaryIO, path: str | os.PathLike[str]) -> Any:
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # what Python's unpickler raises has few words
-        raise pickle.UnpicklingError("its pickle is cut off or damaged") from error
+        reason = f"its pickle is cut off or damaged: {type(error).__name__} {error}".rstrip()
+        raise pickle.UnpicklingError(reason) from error
 
 
 class _Outliner(pickle._Unpickler):

@@ -7,7 +7,6 @@ our writer (`sharded_writer`), and what it copies through our stager.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
 import os
@@ -140,8 +139,7 @@ class ShardedSaver:
             raise HandlerClosedError(
                 f"Cannot save {os.fspath(path)!r}: the writer is closed. Save before that."
             )
-        if not self._wait_for_room():
-            state = self._refuse
+        self._wait_for_room()
         self._warm_up.end()
         snapshots = _SnapshotStager(self._stager, self._items, previous=self._last)
         writer = ShardWriter(
@@ -153,19 +151,15 @@ class ShardedSaver:
             before=self._sweeper.sweep_once,
         )
         snapshots.fail = lambda error: setattr(writer, "failed_to_stage", error)
-        try:
-            with record_function("trainbus: sharded save"):
-                # In a dict of one: for each key torch does things that take longer than copying its tensor.
-                response = async_save(
-                    {WHOLE: state},
-                    storage_writer=writer,
-                    planner=ShardPlanner(self._cache),
-                    process_group=self._group,
-                    async_stager=snapshots,
-                )
-        except BaseException:  # such as Ctrl-C: nobody else would give the memory back
-            snapshots.close()
-            raise
+        with record_function("trainbus: sharded save"):
+            # In a dict of one: for each key torch does things that take longer than copying its tensor.
+            response = async_save(
+                {WHOLE: state},
+                storage_writer=writer,
+                planner=ShardPlanner(self._cache),
+                process_group=self._group,
+                async_stager=snapshots,
+            )
         result: Future[Manifest] = Future()
         self._unfinished.append(_Unfinished(result, time.monotonic()))
         assert not isinstance(response, Future)  # it is one where the stager returns none
@@ -201,14 +195,13 @@ class ShardedSaver:
     def _last(self) -> Future[Manifest] | None:
         return self._unfinished[-1].result if self._unfinished else None
 
-    def _wait_for_room(self) -> bool:
-        """Return whether there is any, after a wait for it."""
+    def _wait_for_room(self) -> None:
+        """Wait for the oldest saves. If one hangs there is none: it has the memory, so the new one fails."""
         unfinished = self._unfinished
         while unfinished and (unfinished[0].result.done() or len(unfinished) >= self._max_pending):
             if not self._is_over(unfinished[0]):
-                return False
+                return
             unfinished.popleft()
-        return True
 
     def _is_over(self, one: _Unfinished, deadline: float = math.inf) -> bool:
         """Wait for a save to end; return False if it hangs, or has not until *deadline*."""
@@ -220,11 +213,6 @@ class ShardedSaver:
                 return False
             wait([one.result], min(left, _LOOKS_EVERY))
         return True
-
-    def _refuse(self) -> Any:
-        raise TimeoutError(
-            errno.ETIMEDOUT, f"a save before it hangs: no byte of it was taken for {self._patience:g} s"
-        )
 
     def _complete(
         self, result: Future[Manifest], upload: Future[Any], writer: ShardWriter, snapshots: _SnapshotStager
@@ -276,6 +264,9 @@ class _SnapshotStager(AsyncStager):
         except Exception as error:
             self.fail(error)
             staged = StagedState({}, {})
+        except BaseException:  # such as Ctrl-C: nobody else would give the memory back
+            self.close()
+            raise
         turn: Future[dict[str, Any]] = Future()
         if self._previous is None:
             turn.set_result({WHOLE: staged})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,14 +29,14 @@ def run(paths: Sequence[str], *, as_json: bool) -> int:
 
     Returns:
         The exit code: 0 if all are whole, 1 if any is damaged, cannot be read or has nothing to be
-        checked against, or a folder holds none.
+        checked against, or there is none.
     """
-    worst = 0
+    outcomes = []
     for path in paths:
         for found in _found_at(path):
-            worst |= not found["ok"]
+            outcomes.append(found["ok"])
             print(json.dumps(found) if as_json else _line(found), flush=True)
-    return int(worst)
+    return 0 if outcomes and all(outcomes) else 1
 
 
 def _found_at(path: str) -> Iterator[dict[str, Any]]:
@@ -48,7 +49,7 @@ def _found_at(path: str) -> Iterator[dict[str, Any]]:
         yield _damaged(path, error.strerror or str(error))
         return
     if not inside:
-        yield _damaged(path, "there is no checkpoint in it")
+        print(f"No checkpoints in {printable(path)}.", file=sys.stderr)
     yield from map(_check, inside)
 
 

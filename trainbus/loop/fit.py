@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader, IterableDataset
 
 from trainbus.console import console_lines
 
@@ -134,17 +135,19 @@ class _Plan:
         handler = self.handler
         handler.model.train()
         waiting = 0  # batches whose gradients no step has used yet
+        total = _sure_length(loader)
         for raw in handler.batches(loader):
             waiting += 1
-            steps = waiting == self.accumulate or handler.batch + 1 == handler.total_batches
-            with self._gradients_kept_local(not steps):
+            steps = waiting == self.accumulate or handler.batch + 1 == total
+            # Where nobody knows which batch is the last to be stepped with, each may be.
+            with self._gradients_kept_local(not steps and total is not None):
                 metrics = self._loss_of(self.train_step, raw)
                 self._backward(metrics["loss"])
             if steps:
                 self._optimizer_step()
                 waiting = 0
             handler.log(**metrics)
-        if waiting:  # of a loader without a length; also after a stop, for no checkpoint holds gradients
+        if waiting:  # no length told of the last one; also after a stop, for no checkpoint holds gradients
             self._optimizer_step()
 
     @torch.no_grad()
@@ -216,10 +219,14 @@ class _Plan:
     def _gradients_kept_local(self, more_to_come: bool) -> contextlib.AbstractContextManager[Any]:
         # DDP averages gradients over the ranks in each backward, unless the forward was run like this too.
         no_sync = getattr(self.handler.model, "no_sync", None)
-        # Of a loader without a length nobody knows which batch is the last to be stepped with.
-        if more_to_come and no_sync is not None and self.handler.total_batches is not None:
-            return no_sync()  # type: ignore[no-any-return]
-        return contextlib.nullcontext()
+        return no_sync() if more_to_come and no_sync is not None else contextlib.nullcontext()
+
+
+def _sure_length(loader: Iterable[Any]) -> int | None:
+    """Return how many batches *loader* gives, None if it may give another number than it says."""
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return len(loader)
+    return len(loader) if isinstance(loader, (list, tuple)) else None
 
 
 def to_device(batch: Any, device: str | torch.device) -> Any:

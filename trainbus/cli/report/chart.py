@@ -106,10 +106,8 @@ def put_title(figure: go.Figure, top: float, text: str) -> None:
 
 def named(one: Checkpoint) -> str:
     marks = f"{' · best' * one.best}{' · newest' * one.newest}"
-    return (
-        f"<b>{in_chart(one.file)}</b>{marks}<br>epoch {one.epoch + 1}, step {one.global_step:,}, "
-        f"{FATES[one.fate]}"
-    )
+    step = f"step {one.global_step:,}, " if one.global_step else ""
+    return f"<b>{in_chart(one.file)}</b>{marks}<br>epoch {one.epoch + 1}, {step}{FATES[one.fate]}"
 
 
 def described(one: Checkpoint) -> str:

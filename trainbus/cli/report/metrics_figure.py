@@ -57,7 +57,7 @@ def metrics_figure(data: RunData) -> go.Figure | None:
         for kind, marks in marked.items():
             legend.add(row, kind, marks)
         for curve in curves:
-            legend.add(row, *_curve_trace(curve))
+            legend.add(row, *_curve_trace(curve, data.global_step > 0))
         if best is not None:
             legend.add(row, "best", best)
         put_title(figure, tops[row - 1], _panel_title(curves))
@@ -83,7 +83,7 @@ def metrics_figure(data: RunData) -> go.Figure | None:
     figure.update_xaxes(row=len(heights), col=1, title_text=title, tickformat=",d", showticklabels=True)
     if (data.global_step or data.epoch) <= 10:
         figure.update_xaxes(dtick=1)
-    for part in data.parts[1:MOST_SEAMS]:
+    for part in data.parts[1:MOST_SEAMS] if data.global_step else ():
         figure.add_vline(part.first_step, line=SEAM)
     return figure
 
@@ -106,7 +106,7 @@ def _panel_title(curves: Sequence[Curve]) -> str:
     return " · ".join(names) + (f"  ({counted(odd, 'value')} not finite, left out)" if odd else "")
 
 
-def _curve_trace(curve: Curve) -> tuple[str, go.Scatter]:
+def _curve_trace(curve: Curve, counts_steps: bool) -> tuple[str, go.Scatter]:
     validation = curve.name.startswith("val_")
     kind = "batch" if curve.scope == "batch" else "validation" if validation else "training"
     label, color, width = {
@@ -118,7 +118,7 @@ def _curve_trace(curve: Curve) -> tuple[str, go.Scatter]:
     values = [curve.values[i] for i in chosen]
     text = [
         f"{in_chart(curve.name)} <b>{number(curve.values[i])}</b><br>"
-        f"epoch {curve.epochs[i] + 1}, step {curve.steps[i]:,}"
+        f"epoch {curve.epochs[i] + 1}" + (f", step {curve.steps[i]:,}" if counts_steps else "")
         for i in chosen
     ]
     few = len(chosen) <= 60 and kind != "batch"
