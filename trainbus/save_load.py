@@ -95,6 +95,7 @@ def load(
 
     Raises:
         CheckpointCorruptError: If the file is damaged; no tensor of it has been used.
+        UntrustedPickleError: If it is not ours and holds more than tensors and plain values.
         FileNotFoundError: If there is no such file.
     """
     finish_saves(path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainbus import Handler
 from trainbus.checkpoint.file_format import read_manifest
 from trainbus.checkpoint.load import load_file
 from trainbus.checkpoint.verify import verify_file
@@ -116,6 +118,87 @@ class TestLoadFile:
         with pytest.raises(torch.OutOfMemoryError):
             load_file(tmp_path / "a.pt")
 
+    @pytest.mark.parametrize(
+        ("error", "raised"),
+        [
+            (RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError),
+            (
+                RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+                MemoryError,
+            ),
+            (OSError(errno.EIO, "Input/output error"), OSError),
+            (RuntimeError("Attempting to deserialize object on a CUDA device"), RuntimeError),
+        ],
+    )
+    def test_machine_without_room_is_no_damage(self, tmp_path, write, monkeypatch, error, raised):
+        """
+        What the machine or its disk refuses says nothing of the file, and a run does not begin anew for it.
+        """
+        write(tmp_path / "a.pt", {}, contents="state")
+
+        def load(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(torch, "load", load)
+        with pytest.raises(raised) as caught:
+            load_file(tmp_path / "a.pt")
+        assert not isinstance(caught.value, CheckpointCorruptError)
+        with Handler(torch.nn.Linear(1, 1)) as handler, pytest.raises(raised):
+            handler.resume(tmp_path)
+
+    def test_size_that_nobody_verified(self, tmp_path, write, monkeypatch):
+        """
+        A file that asks for more memory than there is may be damaged, unless its digest says it is not.
+        """
+        torch.save({}, tmp_path / "a.pt")
+
+        def load(*args, **kwargs):
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9999999 bytes."
+            )
+
+        write(tmp_path / "b.pt", {})
+        monkeypatch.setattr(torch, "load", load)
+        for name in ("a.pt", "b.pt"):  # nor is a tensor larger than its file
+            with pytest.raises(CheckpointCorruptError):
+                load_file(tmp_path / name)
+
+    def test_torchs_own_option(self, tmp_path, write):
+        """
+        Files load where torch was told to map all files into memory.
+        """
+        write(tmp_path / "a.pt", {"a": torch.ones(3)})
+        with torch.utils.serialization.config.patch("load.mmap", True):
+            assert load_file(tmp_path / "a.pt")[0]["a"].equal(torch.ones(3))
+
+    @pytest.mark.parametrize(
+        ("location", "error"),
+        [
+            (0, TypeError),
+            ({"cpu": "no such device"}, RuntimeError),
+            ({"cpu": 1.5}, TypeError),
+            (lambda storage, location: 1 / 0, ZeroDivisionError),
+        ],
+    )
+    def test_bad_location_is_no_damage(self, tmp_path, write, location, error):
+        """
+        What is wrong with map_location is the caller's own error.
+        """
+        write(tmp_path / "a.pt", {"a": torch.ones(3)})
+
+        with pytest.raises(error) as caught:
+            load_file(tmp_path / "a.pt", map_location=location)
+        assert not isinstance(caught.value, CheckpointCorruptError)
+
+    @pytest.mark.parametrize("location", [None, {"cpu": "cpu"}, lambda storage, location: storage])
+    def test_any_location(self, tmp_path, write, location):
+        """
+        All that torch.load takes works.
+        """
+        write(tmp_path / "a.pt", {"a": torch.ones(3)})
+
+        assert load_file(tmp_path / "a.pt", map_location=location)[0]["a"].equal(torch.ones(3))
+
 
 class TestForeignFiles:
     @pytest.mark.parametrize("zip_format", [True, False])
@@ -137,7 +220,9 @@ class TestForeignFiles:
         """
         torch.save([Foreign()], tmp_path / "a.pt", _use_new_zipfile_serialization=zip_format)
 
-        with pytest.raises(UntrustedPickleError, match=r"trust_pickle=True loads it.* run any code"):
+        with pytest.raises(
+            UntrustedPickleError, match=r"Unsupported.*Foreign.*trust_pickle=True\) loads it.* run any code"
+        ):
             load_file(tmp_path / "a.pt")
         assert load_file(tmp_path / "a.pt", trust_pickle=True) == ([Foreign()], None)
 

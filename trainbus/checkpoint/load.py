@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zipfile
@@ -26,6 +27,7 @@ _PICKLE_START = b"\x80"  # of files that torch wrote before 1.6
 # The end record of zip64, and the locator that follows it and says where it is.
 _LOCATOR_BYTES = 20
 _ZIP64_BYTES = 56 + _LOCATOR_BYTES
+_ASKED = re.compile(r"allocate (\d+) bytes")
 _LETTERS_IN_STORAGE = re.compile(r"^[^/]*/data/.*[A-Za-z]")
 
 
@@ -81,27 +83,92 @@ def load_file(
     Raises:
         CheckpointCorruptError: The file is damaged.
         UntrustedPickleError: It has no manifest and holds more than tensors and plain values.
-        OSError: It cannot be opened.
+        OSError: It cannot be read.
+        MemoryError: There is no room for it.
+        TypeError: *map_location* is none.
     """
-    if isinstance(map_location, str | torch.device):
-        # A device that is not there is the caller's mistake and must not look like a damaged file.
-        torch.empty(0, device=map_location)
+    location = _Location(map_location)
     with open_regular(path) as file:
         manifest = _examine(file, path, verify=verify)
         file.seek(0)
         try:
             with torch.sparse.check_sparse_tensor_invariants(True):  # type: ignore[no-untyped-call]
-                state = torch.load(file, map_location=map_location, weights_only=not trust_pickle)
+                # Without mmap, which torch's own option may ask for: it takes paths only.
+                state = torch.load(
+                    file, map_location=location.given, weights_only=not trust_pickle, mmap=False
+                )
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             _forget_unchecked_tensors()
+            location.raise_own_failure()
+            verified = manifest.size if verify and manifest is not None else 0
+            _raise_if_no_damage(error, verified)
             if trust_pickle and isinstance(error, ImportError | AttributeError):
                 raise
             if manifest is None and "Unsupported global" in str(error):
                 raise UntrustedPickleError(path, _first_words(error)) from error
             raise CheckpointCorruptError(path, _why_unreadable(file, error)) from error
     return state, manifest
+
+
+class _Location:
+    """
+    What was given as ``map_location``. What is wrong with it must not look like a damaged file.
+
+    Attributes:
+        given: For ``torch.load``.
+    """
+
+    def __init__(self, given: MapLocation) -> None:
+        self.given = given
+        self._failure: Exception | None = None
+        if isinstance(given, str | torch.device):
+            torch.empty(0, device=given)
+        elif isinstance(given, dict):
+            for device in given.values():
+                torch.empty(0, device=device)
+        elif callable(given):
+            self._asked = given
+            self.given = self._ask
+        elif given is not None:
+            raise TypeError(
+                f"map_location must be a device such as 'cpu' or 'cuda:0', a dict of them, a function or "
+                f"None, got {given!r}."
+            )
+
+    def raise_own_failure(self) -> None:
+        """Raise what a function that was given has raised."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _ask(self, storage: Any, location: str) -> Any:
+        try:
+            return self._asked(storage, location)
+        except Exception as error:
+            self._failure = error
+            raise
+
+
+def _raise_if_no_damage(error: Exception, verified: int) -> None:
+    """
+    Raise *error* if it says nothing of the file: what a disk or the machine's memory refused.
+
+    Args:
+        error: What came out of torch.
+        verified: Bytes of the file, if they are those that were written, else 0.
+    """
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a seek to nowhere gives
+        raise error
+    text = str(error)
+    if "Attempting to deserialize object on" in text:  # of a device that is not there
+        raise error
+    # Torch's word for it is RuntimeError. A size that nobody has verified may be what is damaged, and no
+    # tensor of a good file is larger than that.
+    if verified and any(words in text for words in ("can't allocate memory", "not enough memory")):
+        asked = _ASKED.search(text)
+        if asked is None or int(asked[1]) <= verified:
+            raise MemoryError(text) from error
 
 
 def _why_unreadable(file: BinaryIO, error: Exception) -> str:
@@ -167,5 +234,7 @@ def _forget_unchecked_tensors() -> None:
 
 
 def _first_words(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    # In torch's page of advice stands which class was refused.
+    text = text.rpartition("WeightsUnpickler error: ")[2].partition(". Please use ")[0]
     return f"{type(error).__name__}: {text[:200]}"

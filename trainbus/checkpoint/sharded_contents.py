@@ -130,7 +130,7 @@ def _read_structure(path: str, place: Any) -> tuple[Any, list[torch.Tensor]]:
         content = io.BytesIO(file.read(place.length))
     try:
         with torch.sparse.check_sparse_tensor_invariants(True):  # type: ignore[no-untyped-call]
-            structure, others = torch.load(content, map_location="cpu", weights_only=True)
+            structure, others = torch.load(content, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         raise CheckpointCorruptError(path, f"its structure cannot be read ({error})") from error
     return structure, others

@@ -48,7 +48,7 @@ def together(given: Sequence[Mapping[str, Any]] | None, world_size: int) -> dict
 
 
 def _taken(rank: int, part: bytes) -> Any:
-    return from_plain(torch.load(io.BytesIO(part), weights_only=True), f"the part of rank {rank}")
+    return from_plain(torch.load(io.BytesIO(part), weights_only=True, mmap=False), f"the part of rank {rank}")
 
 
 def own_state(
