@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 import trainbus
 from trainbus.checkpoint import disk
+from trainbus.testing import FaultyDisk
 
 
 class TestSave:
@@ -51,6 +53,36 @@ class TestSave:
         threading.Timer(0.1, release.set).start()
 
         assert trainbus.load(tmp_path / "x.pt") == {"x": 1}
+
+    def test_load_waits_also_from_elsewhere(self, tmp_path, monkeypatch):
+        """A pending save is known by where it goes, whatever the working directory is now."""
+        (tmp_path / "sub").mkdir()
+        monkeypatch.chdir(tmp_path)
+        go = threading.Event()
+
+        def hold(name, number):
+            threading.Timer(0.2, go.set).start()
+            assert go.wait(30)
+
+        with FaultyDisk(calls=["fsync"], before=hold):
+            trainbus.save_async({"a": torch.ones(1)}, "a.pt")
+            os.chdir("sub")
+            assert trainbus.load(tmp_path / "a.pt")["a"].item() == 1.0
+
+    @pytest.mark.parametrize("path", ["new/", "new/.", "new/.."])
+    def test_name_of_a_folder(self, tmp_path, monkeypatch, path):
+        """A path that names a folder makes no file of that name."""
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match="it names a folder, not a file"):
+            trainbus.save({}, path)
+
+        assert not list(tmp_path.iterdir())
+
+    def test_tensor_without_memory(self, tmp_path):
+        """Zeros that have no place in memory, as forward AD makes them, are saved as zeros."""
+        trainbus.save({"w": torch._efficientzerotensor(5)}, tmp_path / "a.pt")
+
+        assert trainbus.load(tmp_path / "a.pt")["w"].equal(torch.zeros(5))
 
     def test_verify(self, tmp_path):
         """verify gives the manifest of a whole file and names the damage of another."""

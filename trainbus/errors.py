@@ -166,7 +166,15 @@ class CheckpointWriteError(CheckpointError, OSError):
         is_unsynced: The new file is in its place, whole; only a power cut may bring the previous one back.
     """
 
-    def __init__(self, path: str, global_step: int, cause: BaseException, *, tries: int = 1) -> None:
+    def __init__(
+        self,
+        path: str,
+        global_step: int,
+        cause: BaseException,
+        *,
+        tries: int = 1,
+        is_unsynced: bool = False,
+    ) -> None:
         self.path = path
         self.global_step = global_step
         reason, number = f"{type(cause).__name__}: {cause}", None
@@ -177,7 +185,9 @@ class CheckpointWriteError(CheckpointError, OSError):
             number, reason = cause.errno, str(cause)
         reason += f" (tried {tries} times)" if tries > 1 else ""
         there = "the previous file, if any, is untouched"
-        self.is_unsynced = isinstance(cause, UnsyncedNameError) or getattr(cause, "is_unsynced", False)
+        self.is_unsynced = (
+            is_unsynced or isinstance(cause, UnsyncedNameError) or getattr(cause, "is_unsynced", False)
+        )
         if self.is_unsynced:
             there = "the new file is there, but a power cut may bring the previous one back"
         super().__init__(
@@ -234,7 +244,8 @@ class UntrustedPickleError(CheckpointError, ValueError):
         super().__init__(
             f"Cannot load {self.path!r} safely: it was not written by trainbus and "
             f"torch.load(weights_only=True) refuses it ({reason}). If you trust whoever made it, "
-            "trust_pickle=True loads it, which lets the file run any code."
+            "trainbus.load(path, trust_pickle=True) loads it, which lets the file run any code; give what is "
+            "in it to load_state_dict() then."
         )
 
 

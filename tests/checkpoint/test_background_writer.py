@@ -470,6 +470,23 @@ class TestAdmit:
             ("saved", "c.pt"),
         ]
 
+    def test_interrupted_while_it_is_replaced(self, make, gates):
+        """
+        Ctrl-C while the memory of a replaced save comes free: that save is over all the same.
+        """
+
+        def release() -> None:
+            raise KeyboardInterrupt
+
+        writer = make(max_pending=2, on_busy="replace")
+        save(writer, "a.pt", gates[0])
+        replaced = save(writer, "b.pt", release=release)
+        with pytest.raises(KeyboardInterrupt):
+            save(writer, "c.pt")
+
+        with pytest.raises(CheckpointSkipped, match="a newer save took its place"):
+            replaced.result(0)
+
     def test_replaced_save_removes_nothing(self, make, gates, tmp_path):
         """
         The removals of a save that was replaced are not carried out.

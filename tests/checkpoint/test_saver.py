@@ -642,6 +642,49 @@ class TestInterrupted:
             training.last.result(0)
         assert training.values(training.save()) == {1.0}
 
+    @pytest.mark.parametrize("is_queued", [False, True])
+    def test_while_it_is_queued(self, train, monkeypatch, is_queued):
+        """
+        Before it is in the queue it fails and gives its memory back; once it is there it is written.
+        """
+        training = train()
+        real = training.saver.writer.submit
+
+        def submit(*args: Any, **options: Any) -> None:
+            monkeypatch.undo()
+            if is_queued:
+                real(*args, **options)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(training.saver.writer, "submit", submit)
+        with pytest.raises(KeyboardInterrupt):
+            training.save()
+
+        if is_queued:
+            assert training.last.result(WAIT) is not None
+        else:
+            with pytest.raises(CheckpointWriteError, match="KeyboardInterrupt"):
+                training.last.result(0)
+        assert training.values(training.save()) == {0.0}
+
+    def test_removals_that_have_no_place(self, train, tmp_path, monkeypatch):
+        """
+        Where a relative path means nothing, because the working directory is gone, that save fails alone.
+        """
+        training = train()
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        pending = PendingSave(str(training.folder / "a.pt"))
+        training.saver.save(pending, lambda: {}, lambda: Manifest(contents="object"), removals=["old.pt"])
+        with pytest.raises(FileNotFoundError):
+            PendingSave("b.pt")
+        monkeypatch.undo()
+
+        with pytest.raises(CheckpointWriteError, match="No such file or directory"):
+            pending.result(0)
+        assert training.values(training.save()) == {0.0}
+
     def test_while_others_are_told(self, train):
         """
         Of a save that several ranks write, the part of this one that could not be begun holds up no other.

@@ -99,6 +99,14 @@ class TestUnsyncedName:
         with pytest.raises(CheckpointWriteError, match="the new file is there, but a power cut may"):
             run(Write(UnsyncedNameError(errno.EROFS, "read-only")))
 
+    def test_is_said_of_an_earlier_try(self):
+        """Also where that was tried again, and the tries behind it met something else."""
+        write = Write(UnsyncedNameError(errno.EIO, "io"), OSError(errno.EIO, "io"), OSError(errno.EIO, "io"))
+        with pytest.raises(CheckpointWriteError, match=r"tried 3 times.* the new file is there") as info:
+            run(write)
+
+        assert info.value.is_unsynced
+
 
 class TestIsTransient:
     def test_is_pure(self):

@@ -190,6 +190,12 @@ class BackgroundWriter:
             self._jobs.append(job)
             self._changed.notify_all()
 
+    def has_queued(self, pending: PendingSave) -> bool:
+        """Tell whether a save is in the queue, being written, or finished."""
+        with self._changed:
+            jobs = [*self._jobs, *([self._running] if self._running is not None else [])]
+            return pending.done() or any(job.pending is pending for job in jobs)
+
     def fail(self, pending: PendingSave, error: BaseException) -> None:
         """Finish an admitted save that will not be submitted, because of *error*."""
         self._outcomes.failed(pending, error)
@@ -277,8 +283,10 @@ class BackgroundWriter:
     def _withdraw_waiting(self) -> None:
         if self._jobs:
             job = self._jobs.pop()
-            job.release()
-            self._outcomes.skipped(job.pending, "a newer save took its place")
+            try:
+                job.release()
+            finally:  # also after Ctrl-C: nobody else would finish it
+                self._outcomes.skipped(job.pending, "a newer save took its place")
 
     def _run(self) -> None:
         give_way()
@@ -344,7 +352,7 @@ def finish_saves(path: str | os.PathLike[str], timeout: float | None = None) -> 
     """
     target = os.path.abspath(os.path.expanduser(path))
     for writer in list(_WRITERS):
-        saved = [os.path.abspath(save.path) for save in writer.unfinished if save.path is not None]
+        saved = [save.absolute_path for save in writer.unfinished if save.absolute_path is not None]
         if any(target in (file, os.path.dirname(file)) for file in saved):
             writer.flush(timeout)
 

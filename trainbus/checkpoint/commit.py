@@ -19,7 +19,7 @@ from trainbus.checkpoint.temporary import create_temporary, discard
 from trainbus.checkpoint.write_behind import CHUNK_BYTES, WriteBehind
 from trainbus.errors import UnsyncedNameError
 
-__all__ = ["commit", "durability_of", "remove"]
+__all__ = ["commit", "durability_of", "remove", "require_file_name"]
 
 _log = logging.getLogger("trainbus")
 
@@ -152,10 +152,19 @@ def _close_quietly(disk: Disk, fd: int) -> None:
 
 
 def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
-    folder, name = os.path.split(os.path.expanduser(os.fspath(path)))
-    if name in ("", os.curdir, os.pardir):
+    require_file_name(path)
+    return os.path.split(os.path.expanduser(os.fspath(path)))
+
+
+def require_file_name(path: str | os.PathLike[str]) -> None:
+    """
+    Refuse what ends as the name of a folder does, which it does no more once it is made absolute.
+
+    Raises:
+        ValueError: It does.
+    """
+    if os.path.basename(os.fspath(path)) in ("", os.curdir, os.pardir):
         raise ValueError(f"Cannot write a checkpoint to {os.fspath(path)!r}: it names a folder, not a file.")
-    return folder, name
 
 
 def durability_of(disk: Disk, folder: int, path: str) -> str:

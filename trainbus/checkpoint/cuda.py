@@ -60,16 +60,17 @@ class Cuda:
 
         Args:
             address, size: The memory, in bytes.
-            device: One that will write into it; the calling thread's current one from now on.
+            device: One that will write into it.
         """
-        torch.cuda.set_device(device)
-        status = torch.cuda.cudart().cudaHostRegister(address, size, 0)  # type: ignore[no-untyped-call]
-        if int(status) == 0:
-            return None
-        # The runtime keeps the error for the thread's next kernel, which would be blamed for it.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=device)
-        return str(status)
+        # Not set for good: this may be the thread that trains.
+        with torch.cuda.device(device):
+            status = torch.cuda.cudart().cudaHostRegister(address, size, 0)  # type: ignore[no-untyped-call]
+            if int(status) == 0:
+                return None
+            # The runtime keeps the error for the thread's next kernel, which would be blamed for it.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=device)
+            return str(status)
 
     def unlock_pages(self, address: int) -> None:
         """Let memory go that `lock_pages` has locked."""

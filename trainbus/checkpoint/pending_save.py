@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ class PendingSave:
 
     Attributes:
         path: The file, or None where nothing is written (ranks other than 0).
+        absolute_path: The same from the root, by the working directory at the request.
         epoch: 0-based epoch in which it was asked for.
         global_step: Training batches completed over the run by then.
         stream: Key of the callback that asked, or empty.
@@ -40,6 +42,7 @@ class PendingSave:
         logs: Mapping[str, float] | None = None,
     ) -> None:
         self.path = path
+        self.absolute_path = None if path is None else os.path.abspath(os.path.expanduser(path))
         self.epoch = epoch
         self.global_step = global_step
         self.stream = stream

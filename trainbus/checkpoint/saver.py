@@ -20,7 +20,7 @@ from trainbus.checkpoint import collector, fence
 from trainbus.checkpoint.archive import Stream, write_archive
 from trainbus.checkpoint.background_copy import BackgroundCopy
 from trainbus.checkpoint.background_writer import BackgroundWriter
-from trainbus.checkpoint.commit import commit
+from trainbus.checkpoint.commit import commit, require_file_name
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.staging_copy import Snapshot, Stager
@@ -117,39 +117,28 @@ class Saver:
             find_removals: Called on the writer thread once it is, for more of them.
             optimizers: Those whose next step nothing but forward and backward passes comes before.
         """
-        assert pending.path is not None
+        assert pending.path is not None and pending.absolute_path is not None
+        require_file_name(pending.path)
+        path = pending.absolute_path
         if not self._admit(pending):
             return
-        begun = time.monotonic()
+        snapshot: Snapshot | None = None
         try:
-            with record_function("trainbus: snapshot"), collector.paused():
-                snapshot = self._take(collect(), tuple(optimizers), pending.times)
+            snapshot = self._take_timed(pending, collect, tuple(optimizers))
+            self.writer.submit(
+                pending,
+                functools.partial(self._write, path, snapshot, manifest),
+                removals=removals,
+                find_removals=find_removals,
+                release=snapshot.release,
+            )
         except BaseException as error:
-            self.writer.fail(pending, error)
+            if not self.writer.has_queued(pending):  # or nobody would ever finish it
+                if snapshot is not None:
+                    snapshot.release()
+                self.writer.fail(pending, error)
             if not isinstance(error, Exception):  # Ctrl-C goes on, but later saves must not wait for this one
                 raise
-            return
-        finally:
-            seconds = pending.times.copying = time.monotonic() - begun
-            self.lost.copying += seconds
-            if not self._overlaps and fence.knows(optimizers):
-                self.lost.overlappable += seconds
-        # Taken now: the script may change its working directory before the writer gets here.
-        path = os.path.abspath(pending.path)
-
-        def write() -> Manifest:
-            self._sweeper.sweep_once(os.path.dirname(path))
-            return commit(
-                path,
-                manifest(),
-                lambda stream: _serialize(snapshot, stream),
-                behind=self._behind,
-                at_least=snapshot.size,
-            )
-
-        self.writer.submit(
-            pending, write, removals=removals, find_removals=find_removals, release=snapshot.release
-        )
 
     def follow(
         self,
@@ -227,6 +216,29 @@ class Saver:
                 pending.times.waiting,
             )
         return self.writer.admit(pending)
+
+    def _take_timed(
+        self, pending: PendingSave, collect: Callable[[], Any], optimizers: Sequence[Any]
+    ) -> Snapshot:
+        begun = time.monotonic()
+        try:
+            with record_function("trainbus: snapshot"), collector.paused():
+                return self._take(collect(), optimizers, pending.times)
+        finally:
+            seconds = pending.times.copying = time.monotonic() - begun
+            self.lost.copying += seconds
+            if not self._overlaps and fence.knows(optimizers):
+                self.lost.overlappable += seconds
+
+    def _write(self, path: str, snapshot: Snapshot, manifest: Callable[[], Manifest]) -> Manifest:
+        self._sweeper.sweep_once(os.path.dirname(path))
+        return commit(
+            path,
+            manifest(),
+            lambda stream: _serialize(snapshot, stream),
+            behind=self._behind,
+            at_least=snapshot.size,
+        )
 
     def _take(self, state: Any, optimizers: Sequence[Any], times: SaveTimes) -> Snapshot:
         owned = fence.owned_tensors(optimizers) if optimizers and self._may_overlap() else None

@@ -250,6 +250,7 @@ def _all_have_plain_storage(tensors: Sequence[torch.Tensor]) -> bool:
         and set(map(attrgetter("layout"), tensors)) <= {torch.strided}
         and not any(map(attrgetter("is_quantized"), tensors))
         and not any(map(attrgetter("is_nested"), tensors))
+        and not any(map(torch.Tensor._is_zerotensor, tensors))
         and {device.type for device in set(map(attrgetter("device"), tensors))} <= COPIED_DEVICES
     )
 
@@ -260,6 +261,7 @@ def _has_plain_storage(tensor: torch.Tensor) -> bool:
         and tensor.layout is torch.strided
         and not tensor.is_quantized
         and not tensor.is_nested
+        and not tensor._is_zerotensor()  # which has bytes and no memory, as a tangent of forward AD may be
         and tensor.device.type in COPIED_DEVICES
     )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.retries import MOST_SECONDS, MOST_TRIES, PAUSES, is_transient
-from trainbus.errors import CheckpointWriteError
+from trainbus.errors import CheckpointWriteError, UnsyncedNameError
 
 if TYPE_CHECKING:
     from trainbus.checkpoint.manifest import Manifest
@@ -70,15 +70,24 @@ class WriteJob:
                 since = since or time.monotonic()
                 given_up = len(failures) == MOST_TRIES or time.monotonic() - since > MOST_SECONDS
                 if given_up or not is_transient(error):
-                    raise self._failure(error, tries=len(failures)) from error
+                    raise self._failure(failures) from error
                 pause(PAUSES[len(failures) - 1])
                 continue
             if failures:
                 self._say_that_it_took(failures)
             return manifest
 
-    def _failure(self, error: OSError, tries: int) -> CheckpointWriteError:
-        return CheckpointWriteError(self.pending.path or "", self.pending.global_step, error, tries=tries)
+    def _failure(self, failures: list[OSError]) -> CheckpointWriteError:
+        pending = self.pending
+        # The file of such a try is in its place, whatever those behind it met.
+        is_unsynced = any(isinstance(one, UnsyncedNameError) for one in failures)
+        return CheckpointWriteError(
+            pending.path or "",
+            pending.global_step,
+            failures[-1],
+            tries=len(failures),
+            is_unsynced=is_unsynced,
+        )
 
     def _say_that_it_took(self, failures: list[OSError]) -> None:
         _log.warning(
