@@ -568,7 +568,7 @@ MISTAKES = [
         "Cannot load optimizer",
         "the run has it and the file has not",
         "Make them agree",
-        "only=(...), or pass strict=False",
+        "handler.load(path, strict=False)",
     ),
     (
         """

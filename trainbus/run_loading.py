@@ -88,6 +88,11 @@ class RunLoading(RunSaving):
         Returns:
             Its manifest, or None if there is nothing to resume from: a first run goes on
             from the start with the same script.
+
+        Raises:
+            StateMismatchError: The newest file does not fit this run.
+            NotADirectoryError: *folder* is a file.
+            RankError: A rank could not load what the others did.
         """
         self._finish_saves(folder, "handler.resume")
         return load_newest(folder, self.load, interrupted=interrupted)

@@ -66,12 +66,13 @@ def reconcile(standing: Standing, monitor: str | None, template: NameTemplate) -
 
 
 def best_there(
-    template: NameTemplate, stream: str, runs: Collection[str], monitor: str, mode: Mode
+    template: NameTemplate, stream: str, runs: Collection[str], monitor: str, mode: Mode, *, until: int
 ) -> Standing:
     """
     Return the best that *runs* have saved, by the files that are there. Reads the folder.
 
     A checkpoint that another callback took has this one's state from before its own save of that moment.
+    What was saved behind that moment is left out: who goes back does not want it to count.
 
     Args:
         template: Says where they lie.
@@ -79,6 +80,7 @@ def best_there(
         runs: Ids of the runs that this one continues.
         monitor: The metric that they were judged by.
         mode: In which direction.
+        until: Training batches completed by the moment that was gone back to.
 
     Raises:
         OSError: The folder cannot be read.
@@ -89,6 +91,7 @@ def best_there(
         if file.manifest.stream == stream
         and file.manifest.run_id in runs
         and (file.manifest.monitor, file.manifest.mode) == (monitor, mode)
+        and file.manifest.global_step <= until
         and file.is_original
     ]
     best = KeepBest(1).kept(files)

@@ -74,6 +74,11 @@ class EMA(Callback):
         Raises:
             KeyError: There is none yet: training has not begun, and nothing was loaded.
         """
+        if name not in self._averages:
+            raise KeyError(
+                f"There is no average of {name!r}: they are made when training begins, or loaded, for "
+                "each of the handler's modules. Call averaged() after that, with one of their names."
+            )
         module: torch.nn.Module = self._averages[name].module
         return module
 

@@ -307,7 +307,14 @@ class ModelCheckpoint(SavingCallback):
         if not was_loaded or self.monitor is None or handler.rank != 0:
             return
         try:
-            found = best_there(self._template, self.state_key, handler.lineage, self.monitor, self.mode)
+            found = best_there(
+                self._template,
+                self.state_key,
+                handler.lineage,
+                self.monitor,
+                self.mode,
+                until=handler.global_step,
+            )
         except OSError as error:
             self._advice.of_unread_folder(error)
             return

@@ -43,8 +43,6 @@ with Handler(model, optimizer) as handler:
             (loss / accumulate).backward()
             handler.log(loss=loss)
             waiting += 1
-            if waiting == accumulate:
+            if waiting == accumulate or handler.batch + 1 == len(loader):  # the last one takes the rest
                 step()
                 waiting = 0
-        if waiting:  # the remainder of an epoch whose length is no multiple of four
-            step()

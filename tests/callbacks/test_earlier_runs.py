@@ -211,6 +211,15 @@ class TestBestThere:
 
         assert self.resume(checkpoint, 0.5) == (0.5, "runs/1.pt")
 
+    def test_abandoned_files(self):
+        """What was saved behind the moment that was gone back to does not count."""
+        checkpoint = best_only("runs/{epoch}.pt")
+        self.files(checkpoint, 0.5)
+        self.files(checkpoint, 0.5, 0.2, global_step=1)
+
+        write("runs/1.pt", monitor="val_loss", mode="min", score=0.5)
+        assert self.resume(checkpoint, 0.5) == (0.5, "runs/1.pt")
+
     def test_links_and_copies(self):
         """What somebody has linked or copied is not the best one's path."""
         checkpoint = best_only("runs/{epoch}.pt")

@@ -184,7 +184,8 @@ def _load(key: str, mine: Any, saved: Any, **options: Any) -> None:
     except (RuntimeError, ValueError, KeyError) as error:
         raise StateMismatchError(
             f"Cannot load {key} into {kind}: {error}. What comes before it in the file "
-            "is loaded. Make the object as it was when the file was written, or load less with only=(...)."
+            "is loaded. Make the object as it was when the file was written, or load less with "
+            "handler.load(path, only=(...))."
         ) from error
     for side, names in (("file", "missing_keys"), ("run", "unexpected_keys")):
         # Of a torch.nn.Module alone, and empty unless strict=False.
@@ -218,6 +219,6 @@ def _is_refused(key: str, strict: bool) -> bool:
 def _one_sided(key: str, where: str) -> str:
     other = "file" if where == "run" else "run"
     return (
-        f"Cannot load {key}: the {where} has it and the {other} has not. Make them agree, "
-        "or name what to load with only=(...), or pass strict=False."
+        f"Cannot load {key}: the {where} has it and the {other} has not. Make them agree, or load the file "
+        "with handler.load(path, only=(...)) or handler.load(path, strict=False)."
     )
