@@ -116,6 +116,10 @@ class Saver:
             removals: Files to remove once this one is durable.
             find_removals: Called on the writer thread once it is, for more of them.
             optimizers: Those whose next step nothing but forward and backward passes comes before.
+
+        Raises:
+            ValueError: The path names a folder.
+            HandlerClosedError: The writer is closed.
         """
         assert pending.path is not None and pending.absolute_path is not None
         require_file_name(pending.path)
