@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import math
@@ -46,6 +47,18 @@ class Numbers:
 
     def load_state_dict(self, state):
         self.value = state["value"]
+
+
+@contextlib.contextmanager
+def hanging_disk():
+    """Yield what lets the disk go on; until then no file is synced."""
+    go = threading.Event()
+
+    def hold(name, number):
+        assert go.wait(60)
+
+    with FaultyDisk(calls=["fsync"], before=hold):
+        yield go
 
 
 def build(seed: int = 0, width: int = 4):
@@ -366,13 +379,8 @@ class TestSave:
 
     def test_hanging_disk(self, tmp_path):
         """A save that hangs keeps neither the next one nor the end of the handler waiting; that one fails."""
-        go = threading.Event()
-
-        def hold(name, number):
-            assert go.wait(60)
-
         modules, optimizers = build()
-        with FaultyDisk(calls=["fsync"], before=hold):
+        with hanging_disk() as go:
             handler = Handler(modules, optimizers, write_timeout=0.3, rank_timeout=0.3, on_write_error="warn")
             saves = [handler.save_async(tmp_path / name) for name in "ab"]
             handler.close()
@@ -388,13 +396,8 @@ class TestSave:
 
     def test_closed_in_time(self, tmp_path):
         """close(timeout) of a handler whose disk is slow lets go of all it can, and says what it left."""
-        go = threading.Event()
-
-        def hold(name, number):
-            assert go.wait(60)
-
         modules, optimizers = build()
-        with FaultyDisk(calls=["fsync"], before=hold):
+        with hanging_disk() as go:
             handler = Handler(modules, optimizers)
             handler.save_async(tmp_path / "a")
             group = weakref.ref(handler._divided._group)

@@ -60,21 +60,15 @@ class Callback:
 
     def detach(self) -> None:
         """Cancel the subscriptions to all buses. Does nothing if there are none."""
-        attached, self._attached = self._attached, ()
-        for _, subscriptions in attached:
-            for subscription in subscriptions:
-                subscription.cancel()
+        self._stay_attached(())
 
     def leave(self, bus: EventBus) -> None:
         """Cancel the subscriptions to *bus*, whose handler is closed; those to others stay."""
-        if all(known is bus for known, _ in self._attached):
+        others = tuple(pair for pair in self._attached if pair[0] is not bus)
+        if others:
+            self._stay_attached(others)
+        else:
             self.detach()
-            return
-        left = [pair for pair in self._attached if pair[0] is bus]
-        self._attached = tuple(pair for pair in self._attached if pair[0] is not bus)
-        for _, subscriptions in left:
-            for subscription in subscriptions:
-                subscription.cancel()
 
     @property
     def state_key(self) -> str:
@@ -97,6 +91,12 @@ class Callback:
                 f"Cannot load the state of {type(self).__name__} with keys {sorted(state)}: "
                 "the class defines no load_state_dict. Define it next to state_dict."
             )
+
+    def _stay_attached(self, pairs: tuple[tuple[EventBus, tuple[Subscription, ...]], ...]) -> None:
+        attached, self._attached = self._attached, pairs
+        for _, subscriptions in (pair for pair in attached if pair not in pairs):
+            for subscription in subscriptions:
+                subscription.cancel()
 
     def _receivers(self, bus: EventBus) -> dict[str, Any]:
         """Return the methods by event; refuse those that no event would ever call."""

@@ -1,4 +1,4 @@
-"""The tensors in a nested state: found, named, exchanged for others."""
+"""A nested state: its tensors found, named, exchanged for others; its plain values compared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["path_to", "tensors_in", "with_tensors"]
+__all__ = ["differ", "path_to", "tensors_in", "with_tensors"]
 
 _MAPPINGS = (dict, OrderedDict, Counter)
 _SEQUENCES = (list, tuple, set)
@@ -87,3 +87,10 @@ def _paths(state: Any, tensor: torch.Tensor) -> Iterator[str]:
     elif type(state) in (list, tuple):
         for index, item in enumerate(state):
             yield from (f"[{index}]{rest}" for rest in _paths(item, tensor))
+
+
+def differ(one: Any, other: Any) -> bool:
+    """Tell whether two plain values, or lists or tuples of them, are not the same; NaN is NaN here."""
+    if isinstance(one, list | tuple):
+        return len(one) != len(other) or any(map(differ, one, other))
+    return bool(one != other) and not (one != one and other != other)

@@ -12,6 +12,7 @@ import torch
 import typer
 
 from trainbus.checkpoint.load import load_checkpoint
+from trainbus.checkpoint.nesting import differ
 from trainbus.cli.text import printable
 from trainbus.errors import TrainbusError
 
@@ -84,7 +85,7 @@ def differences(a: Any, b: Any, name: str = "") -> Iterator[Difference]:
     elif isinstance(a, list | tuple) and len(a) == len(b) and not (_is_plain(a) and _is_plain(b)):
         for index, (one, other) in enumerate(zip(a, b, strict=True)):
             yield from differences(one, other, f"{name}.{index}" if name else str(index))
-    elif _is_other(a, b):
+    elif differ(a, b):
         yield Difference(name, "value", _words(a), _words(b))
 
 
@@ -123,12 +124,6 @@ def _between_tensors(a: torch.Tensor, b: torch.Tensor, name: str) -> Iterator[Di
 
 def _is_plain(values: list[Any] | tuple[Any, ...]) -> bool:
     return not any(isinstance(one, torch.Tensor | Mapping | list | tuple) for one in values)
-
-
-def _is_other(a: Any, b: Any) -> bool:
-    if isinstance(a, list | tuple):
-        return len(a) != len(b) or any(map(_is_other, a, b))
-    return bool(a != b) and not (a != a and b != b)  # NaN is NaN here
 
 
 def _words(value: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
 from trainbus.checkpoint.load import load_file
 from trainbus.checkpoint.manifest import Manifest
+from trainbus.checkpoint.nesting import differ
 
 __all__ = ["checkpoints_below", "file_differences", "state_differences", "value_differences"]
 
@@ -81,18 +82,12 @@ def value_differences(expected: Any, actual: Any, place: str, ignore: Collection
             yield from value_differences(*pair, f"{place}[{index}]", ignore)
     elif isinstance(expected, torch.Tensor):
         yield from _tensor_differences(expected, actual, place)
-    elif _is_other(expected, actual):
+    elif differ(expected, actual):
         yield f"{place} is {_short(actual)} instead of {_short(expected)}"
 
 
 def _are_numbers(*sequences: Sequence[Any]) -> bool:
     return all(isinstance(one, _NUMBERS) for sequence in sequences for one in sequence)
-
-
-def _is_other(expected: Any, actual: Any) -> bool:
-    if isinstance(expected, list | tuple):
-        return len(expected) != len(actual) or any(map(_is_other, expected, actual))
-    return bool(expected != actual) and not (expected != expected and actual != actual)  # NaN is NaN here
 
 
 def _mapping_differences(
