@@ -14,9 +14,15 @@ from .forked import holds_in_child
 
 @pytest.fixture(autouse=True)
 def _collector_as_it_was() -> Iterator[None]:
+    thresholds = gc.get_threshold()
     gc.enable()
     yield
     gc.enable()
+    gc.set_threshold(*thresholds)
+
+
+def _collects() -> bool:
+    return gc.isenabled() and gc.get_threshold()[0] > 0
 
 
 class TestPaused:
@@ -25,9 +31,9 @@ class TestPaused:
         The collector is off inside of the context and on after it.
         """
         with paused():
-            assert not gc.isenabled()
+            assert not _collects()
 
-        assert gc.isenabled()
+        assert _collects()
 
     def test_nothing_is_collected(self):
         """
@@ -38,11 +44,12 @@ class TestPaused:
         def note(phase: str, info: dict[str, int]) -> None:
             begun.append(phase)
 
+        objects = 10 * gc.get_threshold()[0]
         gc.callbacks.append(note)
         try:
             with paused():
                 begun.clear()
-                kept = [[] for _ in range(10 * gc.get_threshold()[0])]
+                kept = [[] for _ in range(objects)]
                 assert begun == []
         finally:
             gc.callbacks.remove(note)
@@ -55,9 +62,9 @@ class TestPaused:
         with paused():
             with paused():
                 pass
-            assert not gc.isenabled()
+            assert not _collects()
 
-        assert gc.isenabled()
+        assert _collects()
 
     def test_again(self):
         """
@@ -65,8 +72,8 @@ class TestPaused:
         """
         for _ in range(3):
             with paused():
-                assert not gc.isenabled()
-            assert gc.isenabled()
+                assert not _collects()
+            assert _collects()
 
     def test_over_two_threads(self):
         """
@@ -84,12 +91,12 @@ class TestPaused:
         with paused():
             thread.start()
             assert inside.wait(30)
-        assert not gc.isenabled()
+        assert not _collects()
         leave.set()
         assert left.wait(30)
         thread.join(30)
 
-        assert gc.isenabled()
+        assert _collects()
 
     def test_off_before(self):
         """
@@ -102,6 +109,27 @@ class TestPaused:
 
         assert not gc.isenabled()
 
+    def test_turned_off_meanwhile(self):
+        """
+        A collector that another thread turns off meanwhile is off afterwards, with its thresholds.
+        """
+        thresholds = gc.get_threshold()
+
+        with paused():
+            gc.disable()
+
+        assert not gc.isenabled()
+        assert gc.get_threshold() == thresholds
+
+    def test_thresholds_set_meanwhile(self):
+        """
+        Thresholds that another thread sets meanwhile stay.
+        """
+        with paused():
+            gc.set_threshold(12_345, 6, 7)
+
+        assert gc.get_threshold()[0] == 12_345
+
     def test_exception(self):
         """
         An exception goes through, and the collector is on again.
@@ -109,7 +137,7 @@ class TestPaused:
         with pytest.raises(KeyError, match="mine"), paused():
             raise KeyError("mine")
 
-        assert gc.isenabled()
+        assert _collects()
 
 
 # Python warns of every fork beside threads; torch has some.
@@ -120,8 +148,8 @@ class TestFork:
         A child forked in a pause, whose thread is not in it, has the collector on.
         """
         with paused():
-            assert holds_in_child(gc.isenabled)
-            assert not gc.isenabled()
+            assert holds_in_child(_collects)
+            assert not _collects()
 
     def test_child_of_one_that_was_off(self):
         """
@@ -139,8 +167,8 @@ class TestFork:
 
         def pauses() -> bool:
             with paused():
-                inside = gc.isenabled()
-            return not inside and gc.isenabled()
+                inside = _collects()
+            return not inside and _collects()
 
         with paused(), collector._lock:
             assert holds_in_child(pauses)
@@ -149,7 +177,7 @@ class TestFork:
         """
         A child of a parent that does not pause has the collector as the parent has it.
         """
-        assert holds_in_child(gc.isenabled)
+        assert holds_in_child(_collects)
         gc.disable()
 
         assert holds_in_child(lambda: not gc.isenabled())

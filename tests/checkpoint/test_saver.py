@@ -712,7 +712,7 @@ class TestCollector:
 
         class Noted(Disk):
             def write(self, fd: int, data: memoryview, position: int) -> int:
-                enabled.append(gc.isenabled())
+                enabled.append(gc.isenabled() and gc.get_threshold()[0] > 0)
                 return super().write(fd, data, position)
 
         with use_disk(Noted()):

@@ -12,7 +12,7 @@ __all__ = ["paused"]
 
 _lock = threading.Lock()
 _pauses = 0
-_was_enabled = False
+_thresholds = gc.get_threshold()
 
 
 @contextlib.contextmanager
@@ -23,21 +23,29 @@ def paused() -> Iterator[None]:
     A snapshot or a file of thousands of tensors makes so many short-lived objects that they set
     off full collections. Each goes through all that a training holds, with the GIL: 150 ms in a
     process that had imported torch and held 4,096 tensors, where the snapshot took 25 ms. Nothing
-    is collected here instead; a collector that was off before stays off.
+    is collected here instead.
+
+    Whether the collector is on is left to the script, which may turn it off or on meanwhile; so are its
+    thresholds, if it sets others meanwhile.
     """
-    global _pauses, _was_enabled
+    global _pauses, _thresholds
     with _lock:
         if _pauses == 0:
-            _was_enabled = gc.isenabled()
-            gc.disable()
+            _thresholds = gc.get_threshold()
+            gc.set_threshold(0, *_thresholds[1:])
         _pauses += 1
     try:
         yield
     finally:
         with _lock:
             _pauses -= 1
-            if _pauses == 0 and _was_enabled:
-                gc.enable()
+            if _pauses == 0:
+                _resume()
+
+
+def _resume() -> None:
+    if gc.get_threshold() == (0, *_thresholds[1:]):
+        gc.set_threshold(*_thresholds)
 
 
 def _resume_in_child() -> None:
@@ -45,8 +53,7 @@ def _resume_in_child() -> None:
     _lock = threading.Lock()
     if _pauses:
         _pauses = 0
-        if _was_enabled:
-            gc.enable()
+        _resume()
 
 
 os.register_at_fork(after_in_child=_resume_in_child)
