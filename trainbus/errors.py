@@ -183,7 +183,7 @@ class CheckpointWriteError(CheckpointError, OSError):
             reason = f"[Errno {number}] {cause.strerror or os.strerror(number)}"
         elif isinstance(cause, RankFailedError):
             number, reason = cause.errno, str(cause)
-        reason += f" (tried {tries} times)" if tries > 1 else ""
+        reason = reason.removesuffix(".") + (f" (tried {tries} times)" if tries > 1 else "")
         there = "the previous file, if any, is untouched"
         self.is_unsynced = (
             is_unsynced or isinstance(cause, UnsyncedNameError) or getattr(cause, "is_unsynced", False)

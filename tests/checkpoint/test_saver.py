@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import threading
 import types
 import zipfile
@@ -701,6 +702,85 @@ class TestInterrupted:
         with pytest.raises(CheckpointWriteError, match="KeyboardInterrupt"):
             pending.result(0)
         assert training.values(training.save()) == {0.0}
+
+
+class TestAmidAnother:
+    """A save that a signal's handler asks for in the middle of another one."""
+
+    @pytest.fixture(autouse=True)
+    def _no_handler_stays(self) -> Iterator[None]:
+        before = signal.getsignal(signal.SIGUSR1)
+        yield
+        signal.signal(signal.SIGUSR1, before)
+
+    @pytest.mark.parametrize("max_pending", [1, 2])
+    def test_refused(self, train, max_pending):
+        """
+        It is refused at once, for either would wait for the other; the save that it came into is made.
+        """
+        training = train(max_pending=max_pending)
+        errors: list[RuntimeError] = []
+
+        def save(*_: Any) -> None:
+            with pytest.raises(RuntimeError, match=r"amid the save of .*1\.pt. on the same") as caught:
+                training.save()
+            errors.append(caught.value)
+
+        def collect() -> dict[str, Any]:
+            signal.raise_signal(signal.SIGUSR1)
+            return training.state()
+
+        signal.signal(signal.SIGUSR1, save)
+        outer = training.save(collect)
+
+        assert training.values(outer) == {0.0}
+        assert len(errors) == 1
+        assert training.values(training.save()) == {0.0}
+
+    def test_while_the_other_waits_for_room(self, train):
+        """
+        It is made where the other one only waits for room: both are written.
+        """
+        training = train()
+        about_to_wait, go_on = threading.Event(), threading.Event()
+        inner: list[PendingSave] = []
+
+        class Signalling(Disk):
+            def create(self, folder: int, name: str) -> int:
+                if not go_on.is_set():
+                    assert about_to_wait.wait(WAIT)
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                    assert go_on.wait(WAIT)
+                return super().create(folder, name)
+
+        def save(*_: Any) -> None:
+            go_on.set()
+            inner.append(training.save())
+
+        signal.signal(signal.SIGUSR1, save)
+        with use_disk(Signalling()):
+            first = training.save()
+            about_to_wait.set()
+            outer = training.save()
+            saves = [first, outer, *inner]
+            assert [training.values(save) for save in saves] == [{0.0}] * 3
+
+    def test_another_thread(self, train):
+        """
+        Another thread may save meanwhile, where there is room.
+        """
+        training = train(max_pending=2)
+        others: list[PendingSave] = []
+
+        def collect() -> dict[str, Any]:
+            thread = threading.Thread(target=lambda: others.append(training.save()))
+            thread.start()
+            thread.join(WAIT)
+            return training.state()
+
+        outer = training.save(collect)
+
+        assert [training.values(save) for save in (outer, *others)] == [{0.0}] * 2
 
 
 class TestCollector:

@@ -106,7 +106,7 @@ class BackgroundWriter:
         self._jobs: deque[WriteJob] = deque()
         self._running: WriteJob | None = None
         self._given_up: WriteJob | None = None
-        self._unfinished: list[PendingSave] = []
+        self._unfinished: dict[PendingSave, threading.Thread] = {}  # who was admitted, oldest first
         self._thread: threading.Thread | None = None
 
     @property
@@ -125,8 +125,10 @@ class BackgroundWriter:
 
         Raises:
             HandlerClosedError: The writer is closed, or the interpreter exits.
+            RuntimeError: This thread is amid a save, which a signal handler of it has interrupted.
         """
         with self._changed:
+            self._refuse_amid_another()
             self._refuse_if_closed(pending)
             self._look_after_thread()
             if not self._is_full() or self._on_busy != "skip":
@@ -139,7 +141,7 @@ class BackgroundWriter:
                     self._outcomes.failed(pending, self._patience.verdict(self._given_up))
                     return False
                 self._ensure_thread()
-                self._unfinished.append(pending)
+                self._unfinished[pending] = threading.current_thread()
                 return True
         reason = f"{self._max_pending} earlier save(s) were unfinished and on_busy is 'skip'"
         self._outcomes.skipped(pending, reason)
@@ -150,8 +152,12 @@ class BackgroundWriter:
         Wait until `admit` would not block, *timeout* seconds at most; return whether that is so.
 
         It is at once when the writer is closed or stuck, and unless ``on_busy`` is ``"wait"``.
+
+        Raises:
+            RuntimeError: As `admit` does.
         """
         with self._changed:
+            self._refuse_amid_another()
             self._look_after_thread()
             blocks = self._is_full() and self._on_busy == "wait" and not self._closed
             return not blocks or self._wait_until(lambda: not self._is_full(), timeout)
@@ -233,6 +239,16 @@ class BackgroundWriter:
     def _refuse_if_closed(self, pending: PendingSave) -> None:
         if self._closed:
             raise HandlerClosedError(f"Cannot save {pending.path!r}: the writer is closed. Save before that.")
+
+    def _refuse_amid_another(self) -> None:
+        here = threading.current_thread()
+        for other, thread in self._unfinished.items():
+            if thread is here and not self.has_queued(other):
+                raise RuntimeError(
+                    f"Cannot save amid the save of {other.path!r} on the same thread, which would have to "
+                    "end first. Let the signal handler set a flag, and save after the step; SaveOnRequest "
+                    "and Preemption do that."
+                )
 
     def _is_full(self) -> bool:
         return len(self._unfinished) >= self._max_pending
@@ -331,8 +347,7 @@ class BackgroundWriter:
     def _settle(self, pending: PendingSave, finish: Callable[[], None]) -> None:
         # At once: whoever learns that it is finished finds room, and who finds room finds it finished.
         with self._changed:
-            if pending in self._unfinished:
-                self._unfinished.remove(pending)
+            self._unfinished.pop(pending, None)
             finish()
             self._changed.notify_all()
 
