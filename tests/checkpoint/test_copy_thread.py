@@ -277,6 +277,29 @@ class TestCopyThread:
         assert not threads[0].is_alive()
         assert done == ["first", "last"]
 
+    def test_used_while_it_ends(self):
+        """
+        A copy given to a thread that was closed amid its work is made by a new one, at once.
+        """
+        thread, running, may_go_on = CopyThread(), threading.Event(), threading.Event()
+
+        def run() -> None:
+            running.set()
+            assert may_go_on.wait(TOO_LONG)
+
+        thread.start()
+        thread.call(run)
+        assert running.wait(TOO_LONG)
+        thread.close()
+        copy = BackgroundCopy([])
+
+        thread.carry_out(copy)
+
+        copy.wait()
+        assert copy.thread is not None and copy.thread.is_alive()
+        thread.close()
+        may_go_on.set()
+
     def test_close_before_the_start(self):
         """
         A thread that never ran is closed without more ado.

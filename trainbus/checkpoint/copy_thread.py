@@ -22,7 +22,8 @@ class CopyThread:
     """
     The one thread that copies in the background, in the order it is asked to.
 
-    It has no file to wait for, so neither has who waits for it.
+    It has no file to wait for, so neither has who waits for it. May be closed on one thread while
+    another one has it copy.
     """
 
     def __init__(self) -> None:
@@ -32,38 +33,50 @@ class CopyThread:
     def _begin_empty(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._changing = threading.RLock()
 
     def start(self) -> None:
-        """Start the thread, unless it runs."""
-        if self._thread is None:
-            name = "trainbus-copy"
-            ready = threading.Event()
-            thread = threading.Thread(target=_run, args=(self._jobs, ready), name=name, daemon=True)
-            threads_of_others = torch.get_num_threads()
-            thread.start()
-            ready.wait()
-            # The call on that thread has also set what threads to come begin with.
-            torch.set_num_threads(threads_of_others)
-            self._thread = thread
+        """Start the thread, unless it runs. Returns when it does."""
+        with self._changing:
+            if not self.is_alive():
+                name = "trainbus-copy"
+                ready = threading.Event()
+                thread = threading.Thread(target=_run, args=(self._jobs, ready), name=name, daemon=True)
+                threads_of_others = torch.get_num_threads()
+                thread.start()
+                ready.wait()
+                # The call on that thread has also set what threads to come begin with.
+                torch.set_num_threads(threads_of_others)
+                self._thread = thread
 
     def close(self) -> None:
         """Let the thread end after what it was given. Does not wait for it."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread = None
+        with self._changing:
+            if self._thread is not None:
+                self._jobs.put(None)
+                # The next thread has a queue of its own: it must not take the end of this one for its own.
+                self._jobs, self._thread = queue.SimpleQueue(), None
 
     def is_alive(self) -> bool:
         """Tell whether the thread runs; not in a forked child."""
         return self._thread is not None and self._thread.is_alive()
 
     def carry_out(self, copy: BackgroundCopy) -> None:
-        """Run *copy* on the thread."""
-        copy.thread = self._thread
-        self.call(copy.run)
+        """
+        Run *copy* on the thread.
+
+        Raises:
+            RuntimeError: It was closed in between, and none can be started while the interpreter exits.
+        """
+        with self._changing:
+            self.start()
+            copy.thread = self._thread
+            self.call(copy.run)
 
     def call(self, job: Callable[[], None]) -> None:
-        """Have the thread call *job*; what it raises is logged."""
-        self._jobs.put(job)
+        """Have the thread call *job*, at the latest when it is started; what it raises is logged."""
+        with self._changing:
+            self._jobs.put(job)
 
 
 def _run(jobs: queue.SimpleQueue[Callable[[], None] | None], ready: threading.Event) -> None:
