@@ -163,6 +163,7 @@ ALLOWED: dict[str, set[str]] = {
         *FILE,
         "trainbus.checkpoint.sharded_format",
         "trainbus.checkpoint.sharded_state",
+        "trainbus.checkpoint.unpickling",
         "trainbus.checkpoint.verify",
     },
     "trainbus.checkpoint.sharded_load": {
@@ -213,10 +214,12 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.checkpoint.sharded_format",
     },
     "trainbus.checkpoint.outline": FILE,
+    "trainbus.checkpoint.unpickling": set(),
     "trainbus.checkpoint.load": {
         *FILE,
         "trainbus.checkpoint.sharded_format",
         "trainbus.checkpoint.sharded_load",
+        "trainbus.checkpoint.unpickling",
         "trainbus.checkpoint.verify",
     },
     "trainbus.checkpoint.damage": {*FILE, "trainbus.checkpoint.load", "trainbus.checkpoint.nesting"},

@@ -9,9 +9,11 @@ import pickle
 import shutil
 import struct
 import subprocess
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,6 +200,34 @@ class TestLoadFile:
         write(tmp_path / "a.pt", {"a": torch.ones(3)})
 
         assert load_file(tmp_path / "a.pt", map_location=location)[0]["a"].equal(torch.ones(3))
+
+
+class TestWarnings:
+    """What torch warns of while it loads, where a script makes errors of warnings."""
+
+    def test_says_nothing_of_the_file(self, tmp_path, write, monkeypatch):
+        """
+        A verified file of which torch warns is not called damaged: the warning comes through.
+        """
+        write(tmp_path / "a.pt", {"a": torch.ones(2)})
+
+        def warn(*args: Any, **options: Any) -> None:
+            warnings.warn("this will be removed", FutureWarning, stacklevel=1)
+
+        monkeypatch.setattr(torch, "load", warn)
+
+        with pytest.raises(FutureWarning, match="this will be removed"):
+            load_file(tmp_path / "a.pt")
+
+    def test_sparse_tensors(self, tmp_path, write):
+        """
+        Sparse tensors are checked without torch's warning that it does.
+        """
+        write(tmp_path / "a.pt", {"a": torch.eye(3).to_sparse()})
+
+        state, _ = load_file(tmp_path / "a.pt")
+
+        assert torch.equal(state["a"].to_dense(), torch.eye(3))
 
 
 class TestForeignFiles:

@@ -43,7 +43,6 @@ def answer_in_child(request: dict[str, Any]) -> dict[str, Any]:
         die_with_parent()
         os.close(read)
         torch.set_num_threads(1)
-        sys.stdout = sys.stderr  # the other is for answers
         with os.fdopen(write, "w") as file:
             json.dump(answer(request), file)
         os._exit(0)
@@ -56,8 +55,11 @@ def answer_in_child(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Answer until nobody asks any more."""
+    # Gloo writes to the output by itself, which is for answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for line in sys.stdin:
-        print(json.dumps(answer_in_child(json.loads(line))), flush=True)
+        print(json.dumps(answer_in_child(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

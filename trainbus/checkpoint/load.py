@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import zipfile
-from collections.abc import Callable
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import torch
 
 from trainbus.checkpoint.file_format import END_RECORD_BYTES, open_regular, read_ending
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_format import where_it_stands
+from trainbus.checkpoint.unpickling import MapLocation, raise_if_no_damage, unpickle
 from trainbus.checkpoint.verify import check_digest
 from trainbus.errors import CheckpointCorruptError, UntrustedPickleError
 
-__all__ = ["MapLocation", "load_checkpoint", "load_file"]
-
-MapLocation: TypeAlias = str | torch.device | dict[str, str] | Callable[[Any, str], Any] | None
-"""What ``torch.load`` takes as ``map_location``."""
+__all__ = ["load_checkpoint", "load_file"]
 
 _ZIP_START = b"PK\x03\x04"
 _PICKLE_START = b"\x80"  # of files that torch wrote before 1.6
 # The end record of zip64, and the locator that follows it and says where it is.
 _LOCATOR_BYTES = 20
 _ZIP64_BYTES = 56 + _LOCATOR_BYTES
-_ASKED = re.compile(r"allocate (\d+) bytes")
 _LETTERS_IN_STORAGE = re.compile(r"^[^/]*/data/.*[A-Za-z]")
 
 
@@ -92,18 +87,10 @@ def load_file(
         manifest = _examine(file, path, verify=verify)
         file.seek(0)
         try:
-            with torch.sparse.check_sparse_tensor_invariants(True):  # type: ignore[no-untyped-call]
-                # Without mmap, which torch's own option may ask for: it takes paths only.
-                state = torch.load(
-                    file, map_location=location.given, weights_only=not trust_pickle, mmap=False
-                )
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
+            state = unpickle(file, location.given, weights_only=not trust_pickle)
         except Exception as error:
-            _forget_unchecked_tensors()
             location.raise_own_failure()
-            verified = manifest.size if verify and manifest is not None else 0
-            _raise_if_no_damage(error, verified)
+            raise_if_no_damage(error, manifest.size if verify and manifest is not None else 0)
             if trust_pickle and isinstance(error, ImportError | AttributeError):
                 raise
             if manifest is None and "Unsupported global" in str(error):
@@ -148,27 +135,6 @@ class _Location:
         except Exception as error:
             self._failure = error
             raise
-
-
-def _raise_if_no_damage(error: Exception, verified: int) -> None:
-    """
-    Raise *error* if it says nothing of the file: what a disk or the machine's memory refused.
-
-    Args:
-        error: What came out of torch.
-        verified: Bytes of the file, if they are those that were written, else 0.
-    """
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a seek to nowhere gives
-        raise error
-    text = str(error)
-    if "Attempting to deserialize object on" in text:  # of a device that is not there
-        raise error
-    # Torch's word for it is RuntimeError. A size that nobody has verified may be what is damaged, and no
-    # tensor of a good file is larger than that.
-    if verified and any(words in text for words in ("can't allocate memory", "not enough memory")):
-        asked = _ASKED.search(text)
-        if asked is None or int(asked[1]) <= verified:
-            raise MemoryError(text) from error
 
 
 def _why_unreadable(file: BinaryIO, error: Exception) -> str:
@@ -226,11 +192,6 @@ def _has_one_directory(file: BinaryIO, end_record: int) -> bool:
     if not locator.startswith(b"PK\x06\x07"):
         return True
     return int.from_bytes(locator[8:16], "little") == end_record - _ZIP64_BYTES
-
-
-def _forget_unchecked_tensors() -> None:
-    """Drop the sparse tensors of a load that failed: torch would check them with those of the next file."""
-    getattr(torch._utils, "_sparse_tensors_to_validate", []).clear()
 
 
 def _first_words(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from trainbus.checkpoint.sharded_format import METADATA, ShardedFiles, read_sharded, where_it_stands
 from trainbus.checkpoint.sharded_state import STRUCTURE, names_in, unflatten
+from trainbus.checkpoint.unpickling import raise_if_no_damage, unpickle
 from trainbus.checkpoint.verify import check_shards
 from trainbus.errors import CheckpointCorruptError
 
@@ -101,7 +102,7 @@ def open_contents(
         content = file.read()
     try:
         return _contents_of(path, files, content)
-    except (CheckpointCorruptError, OSError):
+    except (CheckpointCorruptError, OSError, MemoryError, Warning):
         raise
     except Exception as error:  # whatever a pickle that nobody wrote can bring about
         raise CheckpointCorruptError(path, f"its {METADATA} is not what trainbus writes ({error})") from error
@@ -129,8 +130,8 @@ def _read_structure(path: str, place: Any) -> tuple[Any, list[torch.Tensor]]:
         file.seek(place.offset)
         content = io.BytesIO(file.read(place.length))
     try:
-        with torch.sparse.check_sparse_tensor_invariants(True):  # type: ignore[no-untyped-call]
-            structure, others = torch.load(content, map_location="cpu", weights_only=True, mmap=False)
+        structure, others = unpickle(content)
     except Exception as error:
+        raise_if_no_damage(error, verified=place.length)
         raise CheckpointCorruptError(path, f"its structure cannot be read ({error})") from error
     return structure, others

@@ -251,7 +251,7 @@ def _read_into(
             rank, (cause, _) = min(
                 error.failures.items(), key=lambda failure: failure[0], default=(0, (error, None))
             )
-            if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+            if isinstance(cause, MemoryError | torch.OutOfMemoryError | Warning):
                 raise cause from error
             if isinstance(cause, OSError):
                 raise RankFailedError(rank, str(cause), cause.errno) from error
