@@ -661,6 +661,39 @@ class TestAccumulation:
 
         assert handler.global_step == 2
 
+    def test_stop_without_gradients(self):
+        """stop() ends the loop at once where no step came and no gradients are left."""
+        with make() as handler:
+            for _ in handler.epochs(1):
+                for batch in handler.batches(range(20)):
+                    if batch < 2:
+                        handler.module(torch.randn(4, 2)).sum().backward()
+                        handler.optimizer.step()
+                    if batch == 4:
+                        handler.stop()
+                    handler.optimizer.zero_grad()
+
+        assert handler.global_step == 5
+
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_steps_that_stay_away(self, tmp_path, resumed):
+        """Where steps do not come any more, as with a scaler that leaves them out, nothing waits for them."""
+        with make() as handler:
+            for _ in self.steps(handler, when={0, 1, 2, 3}):
+                handler.save(tmp_path / "a.pt")
+        with make() as handler:
+            if resumed:
+                handler.load(tmp_path / "a.pt")
+            for _ in handler.epochs(2):
+                for _ in handler.batches(range(99)):
+                    handler.module(torch.randn(4, 2)).sum().backward()
+                    if handler.global_step == 0:
+                        handler.optimizer.step()
+                    else:
+                        handler.stop()
+
+        assert 0 < handler.global_step < 20
+
     def test_at_the_latest_at_the_end_of_the_epoch(self, tmp_path):
         """Without another step the save is taken when the epoch ends."""
         with make() as handler:

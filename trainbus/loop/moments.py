@@ -208,7 +208,7 @@ class Moments:
         return progress.batches > 0 and not progress.last_stepped and self._gradients_pending()
 
     def _gradients_pending(self) -> bool:
-        return self.progress.ever_stepped or self.optimizer_steps.has_gradients()
+        return not self.progress.steps_stay_away and self.optimizer_steps.has_gradients()
 
     # -- validation
 

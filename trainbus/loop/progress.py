@@ -9,6 +9,9 @@ from typing import Any
 __all__ = ["Progress"]
 
 
+_ALLOWED = 8  # batches without a step, beyond twice the most that a step came behind
+
+
 @dataclass
 class Progress:
     """
@@ -30,6 +33,8 @@ class Progress:
             that batch was handed out.
         last_stepped: The same of the batch completed last.
         ever_stepped: An optimizer has stepped in this run.
+        stepless: Batches completed since the one in which an optimizer stepped last.
+        most_stepless: The most of these before a step so far; None before the first step.
         epoch_complete: Everything of `epoch` is done; only its ``epoch_end`` is under way.
     """
 
@@ -46,6 +51,8 @@ class Progress:
     stepping: int = 0
     last_stepped: bool = False
     ever_stepped: bool = False
+    stepless: int = 0
+    most_stepless: int | None = None
     epoch_complete: bool = False
 
     @property
@@ -81,6 +88,8 @@ class Progress:
         self.batches += 1
         self.global_step += 1
         self.batch_open = False
+        if not self.stepped:
+            self.stepless += 1
 
     def leave_batch(self) -> None:
         self.batch_open = self.in_batch = False
@@ -95,6 +104,18 @@ class Progress:
 
     def note_stepped(self) -> None:
         self.stepped = self.ever_stepped = True
+        self.most_stepless = max(self.most_stepless or 0, self.stepless)
+        self.stepless = 0
+
+    @property
+    def steps_stay_away(self) -> bool:
+        """
+        True when so many batches went without a step that their gradients cannot be meant for one.
+
+        A `torch.amp.GradScaler` leaves the steps out, or the body does. More batches than before are
+        allowed for: the number that gradients are accumulated over may grow.
+        """
+        return self.most_stepless is not None and self.stepless > 2 * self.most_stepless + _ALLOWED
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters as a run that loads them must find them."""
@@ -111,6 +132,7 @@ class Progress:
             "global_step": self.global_step + ahead,
             "total_epochs": self.total_epochs,
             "ever_stepped": self.ever_stepped,
+            "most_stepless": self.most_stepless,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -123,5 +145,7 @@ class Progress:
         self.global_step = state["global_step"]
         self.total_epochs = state["total_epochs"]
         self.ever_stepped = state["ever_stepped"]
+        self.most_stepless = state.get("most_stepless")  # older files do not say
+        self.stepless = 0
         self.batch_open = self.in_batch = self.stepped = self.epoch_complete = False
         self.stepping = 0
