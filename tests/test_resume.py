@@ -59,7 +59,7 @@ class Script:
                 name, number = stop_at
                 self.leave(handler, name, number)
             handler.on("epoch_end", lambda epoch, logs: metrics.update({epoch: dict(logs)}), priority=-1)
-            handler.resume(self.folder)
+            self.begin(handler)
             draw([])
             for _ in handler.epochs(2):
                 draw(draws)
@@ -71,6 +71,9 @@ class Script:
                     self.validate_with(handler, draws)
                 draw(draws)
         return nn.utils.parameters_to_vector(self.model.parameters()).detach(), draws, metrics
+
+    def begin(self, handler):
+        handler.resume(self.folder)
 
     def train_on(self, handler, loader, draws):
         for x, y in handler.batches(loader):
@@ -126,6 +129,28 @@ class Breaking(Script):
                 break
 
 
+class BreakingAtTheTop(Script):
+    """Takes two batches of a pass, leaving its loop by break as soon as it has a third."""
+
+    def train_on(self, handler, loader, draws):
+        for index, (x, y) in enumerate(handler.batches(self.train)):
+            if index == 2:
+                break
+            mse_loss(self.model(x), y).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            draw(draws)
+
+
+class WithBaseline(Script):
+    """Validates before the training too."""
+
+    def begin(self, handler):
+        super().begin(handler)
+        for x, y in handler.val_batches(self.val):
+            handler.log(loss=mse_loss(self.model(x), y).detach())
+
+
 class InBody(Script):
     """Saves in the loop body, after the step."""
 
@@ -148,6 +173,18 @@ class TestPlacesInTheBody:
     def test_break(self, tmp_path, number):
         """Each batch of loops that are left by break."""
         assert_same_end(tmp_path, ("train_batch_end", number), script=Breaking)
+
+    @pytest.mark.parametrize("event", ["val_begin", "val_end", "epoch_end"])
+    def test_break_before_the_step(self, tmp_path, event):
+        """Loops left by break before a batch's step: that batch counts for nothing, random numbers go on."""
+        assert_same_end(tmp_path, (event, 1), script=BreakingAtTheTop)
+
+    @pytest.mark.parametrize(
+        ("event", "number"), [("train_batch_end", 2), ("val_batch_end", 3), ("epoch_end", 1)]
+    )
+    def test_validation_before_the_training(self, tmp_path, event, number):
+        """A validation before the training, in each process, leaves what is restored to the training."""
+        assert_same_end(tmp_path, (event, number), script=WithBaseline)
 
     @pytest.mark.parametrize("number", range(12))
     def test_after_the_step(self, tmp_path, number):

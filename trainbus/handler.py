@@ -388,6 +388,7 @@ class Handler(RunLoading):
         for callback in self.callbacks.values():
             callback.leave(self.bus)
         self._moments.optimizer_steps.stop()
+        self._loop.close()
         for undo in self._undo:
             undo()
         if self.bus.handler is self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -227,6 +228,86 @@ class TestBreak:
         assert recorder.names[-1] == "train_end"
 
 
+class TestHeldValidation:
+    """A validation left by break that a variable, or a progress bar around it, keeps alive."""
+
+    def held(self, handler):
+        """Begin a validation of three batches, leave it in its second one, and keep it."""
+        kept = handler.val_batches([1, 2, 3])
+        for batch in kept:
+            handler.log(loss=batch)
+            if batch == 2:
+                break
+        return kept
+
+    def test_ends_with_the_epoch(self, handler, recorder):
+        """It ends before its epoch does, whose logs have its means."""
+        for _ in handler.epochs(1):
+            kept = self.held(handler)
+
+        assert recorder.names[-3:] == ["val_end", "epoch_end", "train_end"]
+        assert recorder.of("epoch_end")[0]["logs"]["val_loss"] == 1.5
+        assert list(kept) == []
+
+    def test_ends_with_the_next_one(self, handler, recorder):
+        """It ends before the next validation begins."""
+        for _ in handler.epochs(1):
+            kept = self.held(handler)
+            for _ in handler.val_batches([4]):
+                pass
+
+        assert [name for name in recorder.names if name in ("val_begin", "val_end")] == [
+            *("val_begin", "val_end"),
+            *("val_begin", "val_end"),
+        ]
+        assert list(kept) == []
+
+    def test_ends_with_its_batch(self, handler, recorder):
+        """Inside of a training batch, it ends before that batch does."""
+        for _ in handler.epochs(1):
+            for batch in handler.batches("ab"):
+                if batch == "a":
+                    kept = self.held(handler)
+                else:
+                    handler.log(loss=0.0)
+
+        assert recorder.names.index("val_end") < recorder.names.index("train_batch_end")
+        assert list(kept) == []
+
+
+class TestValidationOutsideOfTraining:
+    def test_of_a_loaded_checkpoint(self, tmp_path):
+        """A checkpoint of an epoch's end is validated with all batches, as often as one likes."""
+        model = torch.nn.Linear(1, 1)
+        with Handler(model) as handler:
+            for _ in handler.epochs(1):
+                for _ in handler.batches([1]):
+                    pass
+                for _ in handler.val_batches([1, 2]):
+                    pass
+                handler.on("epoch_end", lambda: handler.save(tmp_path / "a.pt"))
+        with Handler(model) as handler:
+            handler.load(tmp_path / "a.pt")
+
+            assert [list(handler.val_batches([3, 4])) for _ in range(2)] == [[3, 4], [3, 4]]
+
+    def test_behind_a_finished_run(self, tmp_path):
+        """A run that was finished when it was started again is tested with all batches."""
+        seen = []
+        for _ in range(2):
+            with Handler(torch.nn.Linear(1, 1)) as handler:
+                handler.resume(tmp_path)
+                handler.on("epoch_end", lambda handler: handler.save(tmp_path / "a.pt"))
+                for _ in handler.epochs(1):
+                    for _ in handler.batches([1]):
+                        pass
+                    for _ in handler.val_batches([1]):
+                        pass
+                seen.append(list(handler.val_batches([2, 3])))
+
+        assert seen == [[2, 3], [2, 3]]
+
+
 class TestStop:
     def test_in_the_middle(self, handler, recorder):
         """stop() mid-epoch: the batches end, train_end follows without epoch_end."""
@@ -333,6 +414,23 @@ class TestSteps:
         """A finished run yields nothing."""
         list(handler.steps(3, "ab"))
         assert list(handler.steps(3, "ab")) == []
+
+    def test_lets_go_of_the_loader(self, handler):
+        """A loader that is not used up is let go of when the handler is closed: its workers may end."""
+
+        class Loader:
+            def __iter__(self):
+                self.iterator = weakref.ref(iterator := (number for number in range(9)))
+                return iterator
+
+        loader = Loader()
+        for _ in handler.steps(2, loader):
+            pass
+        assert loader.iterator() is not None
+
+        handler.close()
+
+        assert loader.iterator() is None
 
     def test_validation_within_a_step(self, handler, recorder):
         """A validation in the body of a step is in that batch's logs, and in the epoch's."""

@@ -8,6 +8,7 @@ the handler (`Loop.settle`) finishes what it left open.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +43,7 @@ class Loop:
         self._sampler_epochs = SamplerEpochs()
         self._target: int | None = None  # global step at which steps() ends
         self._inner: weakref.ref[Generator[Any, None, None]] | None = None  # the batches() handed out last
+        self._validations = weakref.WeakSet[Generator[Any, None, None]]()  # the val_batches() handed out
         self._round = 0  # counts loads; a generator from before one must not go on
         self._pass = 0  # counts batches(); one must not go on after another was begun
         self.reset()
@@ -52,6 +54,10 @@ class Loop:
         self._left_batches = self._left_validation = False  # left by break, not yet settled
         self._cut_short = False  # stop() ended this epoch before its batches or validation did
         self._rest: tuple[Any, Iterator[Any]] | None = None  # a loader not used up, and its iterator
+
+    def close(self) -> None:
+        """Let go of the loader that is not used up, whose workers would go on."""
+        self._rest = None
 
     def settle(self) -> None:
         """Finish what a ``break`` left open. A training batch counts if an optimizer stepped in it."""
@@ -66,8 +72,7 @@ class Loop:
             if self._progress.stepped:
                 moments.complete_batch(ends_pass=True)
             else:
-                self._progress.leave_batch()
-                moments.positions.closed("train")
+                moments.leave_batch()
 
     def interrupt(self) -> None:
         """
@@ -101,7 +106,9 @@ class Loop:
 
     def val_batches(self, loader: Iterable[T]) -> Iterator[T]:
         """Hand out the validation batches of one pass over *loader*."""
-        return self._val_batches(loader)
+        generator = self._val_batches(loader)
+        self._validations.add(generator)
+        return generator
 
     # -- the generators
 
@@ -137,7 +144,7 @@ class Loop:
     def _batches(self, loader: Iterable[T]) -> Generator[T, None, None]:
         # One that a variable keeps alive was left by break, or else it will find out.
         self._left_batches = self._left_batches or self._progress.batch_open
-        self.settle()
+        self._end_held_validations()
         if not self._progress.epoch_begun:
             raise TrainbusError(
                 "batches() was called outside of an epoch. Put it into the body of "
@@ -168,21 +175,20 @@ class Loop:
                     raise
                 self._require_same_round(mine, "batches")
                 self._require_same_pass(this_pass)
+                self._end_held_validations()
                 moments.complete_batch()
         finally:
             # Behind the loop, weights may be changed without a step.
             self._handler.fence()
         self._rest = loader, iterator
 
-    def _val_batches(self, loader: Iterable[T]) -> Iterator[T]:
-        self.settle()
+    def _val_batches(self, loader: Iterable[T]) -> Generator[T, None, None]:
+        self._end_held_validations()
         if self._cut_short:
             return
         mine, moments = self._round, self._moments
-        moments.hold_rng()  # the iterator that is made next may draw
-        iterator = moments.positions.open(loader, "val", restore_rng=moments.restore_rng)
-        if moments.positions.finished("val"):  # it was, when the checkpoint was taken
-            moments.hold_rng(False)
+        iterator = moments.open_validation(loader)
+        if iterator is None:
             return
         moments.begin_validation()
         for index, batch in enumerate(iterator):
@@ -220,6 +226,13 @@ class Loop:
         inner = self._inner() if self._inner is not None else None
         if inner is not None:
             inner.close()
+        self._end_held_validations()
+
+    def _end_held_validations(self) -> None:
+        """Finish what a ``break`` left open; also a validation that a variable, or tqdm, keeps alive."""
+        for one in list(self._validations):
+            if inspect.getgeneratorstate(one) == inspect.GEN_SUSPENDED:
+                one.close()
         self.settle()
 
     def _is_over(self) -> bool:

@@ -5,8 +5,8 @@ The generators come here, and loops written by hand through `Handler.emit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from trainbus.handler import Handler
 
 __all__ = ["Moments"]
+
+T = TypeVar("T")
 
 
 class Moments:
@@ -176,6 +178,12 @@ class Moments:
             self._data = self._rng_at_break = self._rng_at_batch = None
             progress.leave_batch()
 
+    def leave_batch(self) -> None:
+        """Let go of a batch that was left without a step: it does not count."""
+        self.progress.leave_batch()
+        self.positions.closed("train")
+        self._data = self._rng_at_break = self._rng_at_batch = None
+
     def note_break(self) -> None:
         """Keep the random state of this moment: the batch left now is completed by a later call."""
         self._rng_at_break = rng.capture()
@@ -222,11 +230,23 @@ class Moments:
         if not hold:
             self._held_rng = None
         elif not self.progress.batch_open:
-            if self._redo_validation:
+            if self._redo_validation and self.training:
                 # All devices; the loaders' positions restore the CPU's alone.
                 self.restore_rng()
             self._handler.take_postponed_saves()
             self._held_rng = rng.capture()
+
+    def open_validation(self, loader: Iterable[T]) -> Iterator[T] | None:
+        """Return the batches of a validation; None if it was over when the loaded checkpoint was taken."""
+        self.hold_rng()  # the iterator that is made next may draw
+        if not self.training:
+            # Nothing is continued before or after the training, and the places of its loaders stay.
+            return DataPositions().open(loader, "val")
+        iterator = self.positions.open(loader, "val", restore_rng=self.restore_rng)
+        if self.positions.finished("val"):
+            self.hold_rng(False)
+            return None
+        return iterator
 
     def begin_validation(self, **payload: Any) -> None:
         """Emit ``val_begin``."""
@@ -234,7 +254,9 @@ class Moments:
         self._handler.fence()
         if self._held_rng is None:
             self.hold_rng()
-        self._validating, self._redo_validation = True, False
+        self._validating = True
+        if self.training:
+            self._redo_validation = False
         self._training_logs = self.metrics.begin_validation()
         self._emit("val_begin", **payload)
 
@@ -257,7 +279,8 @@ class Moments:
     def open_val_batch(self, batch: int = 0, data: Any = None, **payload: Any) -> None:
         """Hand a validation batch to the body: ``val_batch_begin``."""
         self._val_batch, self._val_data = batch, data
-        self._rng_to_restore = None
+        if self.training:
+            self._rng_to_restore = None
         self.metrics.begin_batch()
         self._emit("val_batch_begin", batch=batch, **payload)
 
@@ -306,7 +329,7 @@ class Moments:
         return {
             "progress": {
                 **progress.state_dict(),
-                "in_validation": self._held_rng is not None,
+                "in_validation": self._held_rng is not None and self.training,
                 "metrics": metrics.state_dict(before_batch=repeats),
             },
             "rng": self._held_rng
