@@ -262,7 +262,12 @@ class Handler(RunLoading):
         return self._loop.batches(loader)
 
     def val_batches(self, loader: Iterable[T]) -> Iterator[T]:
-        """Hand out *loader*'s batches, emit ``val_*`` around them; modes and gradients are yours to set."""
+        """
+        Hand out *loader*'s batches, emit ``val_*`` around them; modes and gradients are yours to set.
+
+        A run that is resumed behind a validation of its epoch gets no batches of that one again. Before
+        and after the training, as for the test of a loaded checkpoint, all batches are handed out.
+        """
         return self._loop.val_batches(loader)
 
     def steps(self, n: int, loader: Iterable[T]) -> Iterator[T]:
