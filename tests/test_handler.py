@@ -675,6 +675,19 @@ class TestAccumulation:
 
         assert handler.global_step == 5
 
+    def test_save_before_the_step(self, tmp_path):
+        """A save asked for in the body waits for that batch's step, also before there are gradients."""
+        with make() as handler:
+            for _ in handler.epochs(1):
+                for batch in handler.batches(range(3)):
+                    handler.optimizer.zero_grad()
+                    if batch == 1:
+                        pending = handler.save_async(tmp_path / "a.pt")
+                        assert handler.saves_in_flight == 1 and not pending.done()
+                    handler.module(torch.randn(4, 2)).sum().backward()
+                    handler.optimizer.step()
+            assert pending.result(30).global_step == 2
+
     @pytest.mark.parametrize("resumed", [False, True])
     def test_steps_that_stay_away(self, tmp_path, resumed):
         """Where steps do not come any more, as with a scaler that leaves them out, nothing waits for them."""

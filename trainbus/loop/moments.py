@@ -216,7 +216,10 @@ class Moments:
         return progress.batches > 0 and not progress.last_stepped and self._gradients_pending()
 
     def _gradients_pending(self) -> bool:
-        return not self.progress.steps_stay_away and self.optimizer_steps.has_gradients()
+        has_gradients = self.optimizer_steps.has_gradients
+        if self.progress.batch_open:  # the body may step yet
+            return self.progress.ever_stepped or has_gradients()
+        return not self.progress.steps_stay_away and has_gradients()
 
     # -- validation
 
