@@ -207,17 +207,23 @@ class TestWarnings:
 
     def test_says_nothing_of_the_file(self, tmp_path, write, monkeypatch):
         """
-        A verified file of which torch warns is not called damaged: the warning comes through.
+        A file of which torch warns is loaded, and the warning is shown.
         """
         write(tmp_path / "a.pt", {"a": torch.ones(2)})
 
-        def warn(*args: Any, **options: Any) -> None:
+        def warn(*args: Any, **options: Any) -> str:
             warnings.warn("this will be removed", FutureWarning, stacklevel=1)
+            return "the state"
 
         monkeypatch.setattr(torch, "load", warn)
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("error")
+            state, _ = load_file(tmp_path / "a.pt")
 
-        with pytest.raises(FutureWarning, match="this will be removed"):
-            load_file(tmp_path / "a.pt")
+            with pytest.raises(FutureWarning):  # as before
+                warn()
+        assert state == "the state"
+        assert [str(one.message) for one in shown] == ["this will be removed"]
 
     def test_sparse_tensors(self, tmp_path, write):
         """

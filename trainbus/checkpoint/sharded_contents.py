@@ -102,7 +102,7 @@ def open_contents(
         content = file.read()
     try:
         return _contents_of(path, files, content)
-    except (CheckpointCorruptError, OSError, MemoryError, Warning):
+    except (CheckpointCorruptError, OSError, MemoryError):
         raise
     except Exception as error:  # whatever a pickle that nobody wrote can bring about
         raise CheckpointCorruptError(path, f"its {METADATA} is not what trainbus writes ({error})") from error

@@ -19,9 +19,15 @@ _ASKED = re.compile(r"allocate (\d+) bytes")
 
 
 def unpickle(file: BinaryIO, map_location: MapLocation = "cpu", *, weights_only: bool = True) -> Any:
-    """Return what ``torch.load`` gives for *file*; it checks sparse tensors too."""
+    """
+    Return what ``torch.load`` gives for *file*; it checks sparse tensors too.
+
+    What torch warns of is shown also where the script makes errors of warnings: it says nothing of the file.
+    """
     check = torch.sparse.check_sparse_tensor_invariants(True)  # type: ignore[no-untyped-call]
     with check, warnings.catch_warnings():
+        shown = [("default" if action == "error" else action, *rest) for action, *rest in warnings.filters]
+        warnings.filters[:] = shown  # type: ignore[index]
         # From 2.14 on torch checks them by itself, and warns each time that it does.
         warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
         try:
@@ -38,10 +44,10 @@ def raise_if_no_damage(error: Exception, verified: int) -> None:
     Raise *error* if it says nothing of the file: what a disk or the machine's memory refused.
 
     Args:
-        error: What came out of `unpickle`; also a warning, of which a script may make errors.
+        error: What came out of `unpickle`.
         verified: Bytes of the file, if they are those that were written, else 0.
     """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (verified and isinstance(error, Warning)):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         raise error
     if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a seek to nowhere gives
         raise error
