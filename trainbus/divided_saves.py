@@ -223,7 +223,7 @@ def _target(parts: Parts, outline: Mapping[str, Any], wanted: set[str], strict: 
         if key not in wanted or part is None or outline.get(key) is None:
             continue
         if key == "optimizer":
-            target[key] = _rooms(part, outline[key])
+            target[key] = _rooms(part, outline[key], outline.get("module"))
         elif key == "module":
             target[key] = each_of(part, lambda one: one.state_dict())
             if not strict:
@@ -233,10 +233,12 @@ def _target(parts: Parts, outline: Mapping[str, Any], wanted: set[str], strict: 
     return target
 
 
-def _rooms(optimizer: Any, outline: Mapping[str, Any]) -> Any:
+def _rooms(optimizer: Any, outline: Mapping[str, Any], module: Any) -> Any:
     if isinstance(optimizer, Mapping):
-        return {name: _rooms(one, outline[name]) for name, one in optimizer.items() if name in outline}
-    return optimizer.room_for(outline) if isinstance(optimizer, NamedOptimizer) else {}
+        return {
+            name: _rooms(one, outline[name], module) for name, one in optimizer.items() if name in outline
+        }
+    return optimizer.room_for(outline, module) if isinstance(optimizer, NamedOptimizer) else {}
 
 
 def _divided_only(state: Any) -> Any:

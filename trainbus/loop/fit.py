@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainbus.console import console_lines
+from trainbus.state.optimizer_types import load_exactly
 
 if TYPE_CHECKING:
     from trainbus.handler import Handler
@@ -129,7 +130,7 @@ class _Plan:
         optimizer = self.handler.optimizer
         # A resumed optimizer's state came to where the parameters were before this move.
         if optimizer.state:
-            optimizer.load_state_dict(optimizer.state_dict())
+            load_exactly(optimizer, optimizer.state_dict(), {})
 
     def train_one_epoch(self, loader: Iterable[Any]) -> None:
         handler = self.handler

@@ -15,6 +15,7 @@ import torch
 
 from trainbus.errors import StateMismatchError, did_you_mean
 from trainbus.state.named_optimizer import NamedOptimizer, is_by_name
+from trainbus.state.optimizer_types import ExactOptimizer, types_saved
 from trainbus.state.scaler import scaler_numbers, scaler_state
 from trainbus.state.split_state import refuse_split_state
 
@@ -84,7 +85,7 @@ def restore(parts: Parts, state: Mapping[str, Any], only: Collection[str], stric
         StateMismatchError: With *strict*, if the run and the file have different parts.
     """
     if "optimizer" in only:
-        parts = replace(parts, optimizer=_by_name(parts, state.get("optimizer")))
+        parts = replace(parts, optimizer=_exact_optimizer(parts, state))
     for load in _loads(parts, state, only, strict):
         load()
 
@@ -129,18 +130,20 @@ def check_parts(parts: Parts) -> None:
     refuse_split_state(parts.module, parts.optimizer)
 
 
-def _by_name(parts: Parts, saved: Any) -> Any:
-    """Return the optimizers such that they take a state by names, as sharded checkpoints have it."""
+def _exact_optimizer(parts: Parts, state: Mapping[str, Any]) -> Any:
+    """Return the optimizers such that they keep types, and take names, as sharded checkpoints have them."""
+    types, saved = types_saved(parts.module, state.get("module")), state.get("optimizer")
     several = (
         saved.values() if isinstance(parts.optimizer, Mapping) and isinstance(saved, Mapping) else [saved]
     )
-    if not any(map(is_by_name, several)):
-        return parts.optimizer
+    by_name = any(map(is_by_name, several))
 
-    def named(one: Any) -> Any:
-        return NamedOptimizer(one, parts.module) if isinstance(one, torch.optim.Optimizer) else one
+    def exact(one: Any) -> Any:
+        if not isinstance(one, torch.optim.Optimizer):
+            return one
+        return NamedOptimizer(one, parts.module, types) if by_name else ExactOptimizer(one, types)
 
-    return each_of(parts.optimizer, named)
+    return each_of(parts.optimizer, exact)
 
 
 def _loads(

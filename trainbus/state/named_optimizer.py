@@ -10,11 +10,16 @@ from typing import Any
 
 import torch
 
+from trainbus.state.optimizer_types import (
+    dtype_of,
+    load_exactly,
+    names_of_parameters,
+    type_now,
+    types_saved,
+)
 from trainbus.state.split_state import divided_like
 
 __all__ = ["NamedOptimizer", "is_by_name"]
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def is_by_name(saved: Any) -> bool:
@@ -32,15 +37,23 @@ class NamedOptimizer:
     Args:
         optimizer: The optimizer.
         module: Whose parameters it has, or a dict of such modules by name.
+        types: Of its parameters where a state comes from, as far as known; see `types_saved`.
 
     Attributes:
         kind: The optimizer's class, for messages.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, module: Any) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        module: Any,
+        types: Mapping[torch.Tensor, torch.dtype] | None = None,
+    ) -> None:
         self.kind = type(optimizer).__name__
         self._optimizer = optimizer
-        names = _names_in(module)
+        self._module = module
+        self._types = types or {}
+        names = names_of_parameters(module)
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
         self._names = [names.get(one, f"parameter {number}") for number, one in enumerate(parameters)]
         self._parameters = dict(zip(self._names, parameters, strict=True))
@@ -89,16 +102,18 @@ class NamedOptimizer:
             else group
             for group in own
         ]
-        self._optimizer.load_state_dict({"state": state, "param_groups": loaded})
+        load_exactly(self._optimizer, {"state": state, "param_groups": loaded}, self._types)
 
-    def room_for(self, outline: Mapping[str, Any]) -> dict[str, Any]:
+    def room_for(self, outline: Mapping[str, Any], module: Any = None) -> dict[str, Any]:
         """
         Return a state with tensors to read a checkpoint's into, those of this optimizer or new ones.
 
         Args:
             outline: The checkpoint's state, with anything that has a ``shape`` in its tensors' place. What
                 is not of its parameter's shape is left out, unless this optimizer has it.
+            module: The same of the module's state.
         """
+        types = types_saved(self._module, module)
         there = self.state_dict()["state"]
         room: dict[str, Any] = {}
         for name, described in outline["state"].items():
@@ -109,8 +124,8 @@ class NamedOptimizer:
             for key, one in described.items():
                 if isinstance(own.get(key), torch.Tensor):
                     room[name][key] = own[key]
-                elif hasattr(one, "dtype") and one.shape and tuple(one.shape) == tuple(parameter.shape):
-                    dtype = getattr(torch, str(one.dtype).removeprefix("torch."))
+                elif (dtype := dtype_of(one)) and one.shape and tuple(one.shape) == tuple(parameter.shape):
+                    dtype = type_now(dtype, parameter, types)
                     room[name][key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         return {"state": room}
 
@@ -118,14 +133,3 @@ class NamedOptimizer:
         if not isinstance(state, Mapping):
             return state
         return {key: divided_like(value, self._parameters[name]) for key, value in state.items()}
-
-
-def _names_in(module: Any) -> dict[Any, str]:
-    if isinstance(module, Mapping):
-        return {one: f"{key}.{name}" for key, part in module.items() for one, name in _names_in(part).items()}
-    names = {}
-    for name, parameter in module.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        names[parameter] = name
-    return names
