@@ -62,7 +62,7 @@ def fit(
 
         accumulate: Batches per optimizer step.
 
-        clip_norm: Largest norm of the gradients, see ``torch.nn.utils.clip_grad_norm_``.
+        clip_norm: Largest norm of the gradients, more than 0; see ``torch.nn.utils.clip_grad_norm_``.
 
         autocast: ``torch.bfloat16`` or ``torch.float16`` for mixed precision.
 
@@ -114,6 +114,10 @@ class _Plan:
             raise ValueError("fit() needs either loss_fn or train_step: what the loss of a batch is.")
         if isinstance(self.accumulate, bool) or not isinstance(self.accumulate, int) or self.accumulate < 1:
             raise ValueError(f"accumulate must be an int of at least 1, got {self.accumulate!r}.")
+        if self.clip_norm is not None and not self.clip_norm > 0:  # NaN is refused too
+            raise ValueError(
+                f"clip_norm must be more than 0, or None for gradients as they are, got {self.clip_norm!r}."
+            )
         for name in ("module", "optimizer", "scheduler"):
             if isinstance(getattr(self.handler, name), Mapping):
                 raise ValueError(  # noqa: TRY004 - the type is right elsewhere
