@@ -122,6 +122,19 @@ class TestFit:
 
         assert model.seen == kept_local and steps == [3, 5]
 
+    @pytest.mark.parametrize("place", ["sampler", "batch_sampler"])
+    def test_sampler_without_a_length(self, place):
+        """A DataLoader whose sampler has no length is trained on to its end, with the step of the rest."""
+        indices = {"sampler": range(5), "batch_sampler": [[0], [1], [2], [3], [4]]}[place]
+        handler, train, _ = make()
+        steps = []
+        handler.optimizer.register_step_post_hook(lambda *_: steps.append(handler.global_step))
+        with handler:
+            loader = DataLoader(train.dataset, **{place: IterableOf(indices)})
+            handler.fit(loader, epochs=1, loss_fn=mse_loss, accumulate=2)
+
+        assert steps == [1, 3, 5]
+
     def test_the_last_step_is_seen_at_its_batch(self):
         """The step with the rest of an epoch is made before its last batch is told of."""
         handler, train, _ = make()

@@ -229,9 +229,14 @@ class _Plan:
 
 def _sure_length(loader: Iterable[Any]) -> int | None:
     """Return how many batches *loader* gives, None if it may give another number than it says."""
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+    if isinstance(loader, (list, tuple)):
         return len(loader)
-    return len(loader) if isinstance(loader, (list, tuple)) else None
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):  # its sampler has none
+        return None
 
 
 def to_device(batch: Any, device: str | torch.device) -> Any:
