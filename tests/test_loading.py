@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from trainbus import Handler, ranks
 from trainbus.errors import CheckpointCorruptError, RankError
-from trainbus.loading import _Failure, load_newest
+from trainbus.loading import LoadedState, _Failure, load_newest, own_part
+from trainbus.state.collect import KEYS
 
 
 @pytest.fixture
@@ -54,3 +57,46 @@ class TestLoadNewest:
 
         with pytest.raises(RankError, match=r"Rank 1 cannot load .*new\.pt', .* no such file"):
             load_newest(folder, lambda path: None)
+
+
+class TestOwnPart:
+    """A launcher has set WORLD_SIZE, and there is no process group."""
+
+    @pytest.fixture(autouse=True)
+    def launcher(self, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        monkeypatch.setenv("RANK", "1")
+
+    def test_run_of_one_process(self, caplog):
+        """Who saves alone goes on alone from its file, exactly."""
+        loaded = LoadedState(dict.fromkeys(KEYS), set(KEYS), None)
+
+        assert own_part(loaded, "a.pt") == loaded and not caplog.text
+
+    def test_file_of_several_ranks(self, caplog):
+        """From the file of as many ranks it takes its own part, as the ranks may meet later."""
+        parts = [{"rng": rank} for rank in range(4)]
+        state = {**dict.fromkeys(KEYS), "ranks": {"world_size": 4, "parts": parts}}
+        own = own_part(LoadedState(state, set(KEYS), None), "a.pt")
+
+        assert own.state["rng"] == 1 and own.wanted == set(KEYS) and not caplog.text
+
+    def test_bit_for_bit(self, tmp_path, monkeypatch, caplog):
+        """Stopped in the middle of an epoch, such a run draws the same batches as one that was not."""
+        monkeypatch.setenv("RANK", "0")
+
+        def train(folder, stop=None):
+            torch.manual_seed(0)
+            loader, seen = DataLoader(range(8), 2, shuffle=True), []
+            with Handler(nn.Linear(1, 1)) as handler:
+                handler.resume(folder)
+                for _ in handler.epochs(1):
+                    for batch in handler.batches(loader):
+                        seen.append(batch.tolist())
+                        if len(seen) == stop:
+                            handler.on("train_batch_end", lambda: handler.save(folder / "a.pt"), once=True)
+                            handler.stop()
+            return seen
+
+        assert train(tmp_path / "b", stop=2) + train(tmp_path / "b") == train(tmp_path / "a")
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -181,7 +181,10 @@ def own_part(loaded: LoadedState, path: str | os.PathLike[str]) -> LoadedState:
     wanted = loaded.wanted & set(rank_parts.OWN)
     if not wanted:
         return loaded
-    state, lacking, told = rank_parts.own_state(loaded.state, ranks.rank(), ranks.world_size())
+    # A launcher's WORLD_SIZE without a process group is no other rank: such a run saves alone, too.
+    is_shared = ranks.together() or rank_parts.KEY in loaded.state
+    world_size = ranks.world_size() if is_shared else 1
+    state, lacking, told = rank_parts.own_state(loaded.state, ranks.rank(), world_size)
     if told is not None and ranks.rank() == 0:
         logger.warning("%s cannot be continued exactly. %s", os.fspath(path), told)
     return LoadedState(state, loaded.wanted - lacking, loaded.manifest)
