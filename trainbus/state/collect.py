@@ -16,6 +16,7 @@ import torch
 from trainbus.errors import StateMismatchError, did_you_mean
 from trainbus.state.named_optimizer import NamedOptimizer, is_by_name
 from trainbus.state.optimizer_types import ExactOptimizer, types_saved
+from trainbus.state.other_kinds import refuse_other_scheduler
 from trainbus.state.scaler import scaler_numbers, scaler_state
 from trainbus.state.split_state import refuse_split_state
 
@@ -183,10 +184,14 @@ def _load(key: str, mine: Any, saved: Any, **options: Any) -> None:
     if isinstance(mine, torch.amp.GradScaler):
         saved = scaler_numbers(saved)
     try:
+        refuse_other_scheduler(mine, saved)
         left_out = mine.load_state_dict(saved, **options)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (MemoryError, torch.OutOfMemoryError, OSError, Warning):  # which say nothing of the state
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, (RuntimeError, ValueError)) else _named(error)
         raise StateMismatchError(
-            f"Cannot load {key} into {kind}: {error}. What comes before it in the file "
+            f"Cannot load {key} into {kind}: {reason.removesuffix('.')}. What comes before it in the file "
             "is loaded. Make the object as it was when the file was written, or load less with "
             "handler.load(path, only=(...))."
         ) from error
@@ -196,6 +201,10 @@ def _load(key: str, mine: Any, saved: Any, **options: Any) -> None:
             more = f" and {len(lacking) - 5} more" if lacking[5:] else ""
             named = ", ".join(lacking[:5]) + more
             logger.warning("Not loaded into %s: %s, which the %s has not.", key, named, side)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _loads_of_each(

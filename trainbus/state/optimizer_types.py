@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trainbus.state.other_kinds import refuse_other_options
+
 __all__ = ["ExactOptimizer", "dtype_of", "load_exactly", "names_of_parameters", "type_now", "types_saved"]
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -52,16 +54,25 @@ def load_exactly(
         optimizer: The optimizer.
         saved: Its state by numbers, as of ``state_dict()``.
         types: Those of the parameters where *saved* comes from, as far as known.
+
+    Raises:
+        ValueError: *saved* is of another kind of optimizer. This one stays as it was.
     """
     if not hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # a wrapper that calls no __init__
         optimizer.load_state_dict(saved)
         return
     given: list[Mapping[str, Any]] = []
+    before = {"state": optimizer.state, "param_groups": optimizer.param_groups}
 
     def note(_: Any, state: Any) -> None:
         given.append(state)
 
     def put_back(_: Any) -> None:
+        try:
+            _require_same_kind(optimizer, given[-1], before["param_groups"])
+        except ValueError:
+            vars(optimizer).update(before)
+            raise
         _put_back(optimizer, given[-1], types)
 
     # Next to the cast: an optimizer and its own hooks may change the state before it, or behind it.
@@ -123,6 +134,11 @@ def _without_wrappers(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+def _require_same_kind(optimizer: torch.optim.Optimizer, saved: Any, before: Any) -> None:
+    for own, group, loaded in zip(before, saved["param_groups"], optimizer.param_groups, strict=True):
+        refuse_other_options(group, own, (own.keys() & optimizer.defaults.keys()) - loaded.keys())
 
 
 def _put_back(
