@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
+from tqdm import tqdm
 
 from trainbus import Handler
 from trainbus.state.sampler_epochs import SamplerEpochs
@@ -24,6 +25,7 @@ class TestTell:
         [
             lambda one: DataLoader(range(8), batch_size=2, sampler=one),
             lambda one: DataLoader(range(8), batch_sampler=BatchSampler(one, 2, False)),
+            lambda one: tqdm(DataLoader(range(8), batch_size=2, sampler=one), disable=True),
         ],
     )
     def test_each_epoch_has_its_order(self, loader):

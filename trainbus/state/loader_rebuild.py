@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from trainbus.errors import StateMismatchError
 from trainbus.state import rng
+from trainbus.state.wrapped_loaders import loaders_in, samplers_of
 
 __all__ = [
     "begin",
@@ -31,14 +32,10 @@ _END = object()
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the distinct generators that the order of *loader* is drawn from."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (
-        loader,
-        getattr(loader, "sampler", None),
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-    )
+    """Return the distinct generators that the order of *loader*, or of one that it wraps, is drawn from."""
+    # One with its own state takes care of what it wraps.
+    loaders = [loader] if has_own_state(loader) else loaders_in(loader)
+    owners = [owner for one in loaders for owner in (one, *samplers_of(one))]
     found = (getattr(owner, "generator", None) for owner in owners)
     return list(dict.fromkeys(one for one in found if isinstance(one, torch.Generator)))
 
@@ -132,6 +129,12 @@ def resume(
         return _iterate_from(loader, consumed, in_hand, start, arrive, role, return_in_hand)
     else:
         iterator = _read_up_to(loader, consumed, role)
+        if in_hand and start["generators"]:
+            return_in_hand()
+            # As in _Rest: what comes again was drawn from the generators before the checkpoint was taken.
+            again = list(itertools.islice(iterator, in_hand))
+            arrive()
+            return itertools.chain(again, iterator)
     return_in_hand()
     arrive()
     return iterator

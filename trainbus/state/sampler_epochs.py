@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from trainbus.state.wrapped_loaders import loaders_in, samplers_of
+
 __all__ = ["SamplerEpochs"]
 
 
@@ -24,7 +26,7 @@ class SamplerEpochs:
         itself.
 
         Args:
-            loader: Whatever batches come from.
+            loader: Whatever batches come from; wrappers such as ``tqdm(loader)`` are seen through.
             epoch: 0-based; the same on all ranks, and after a resume that of the run that was killed.
         """
         for sampler in _samplers(loader):
@@ -47,10 +49,8 @@ def _is_another(one: Any, sampler: Any) -> bool:
 
 
 def _samplers(loader: Any) -> list[Any]:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     found: list[Any] = []
-    for owner in owners:
+    for owner in (sampler for one in loaders_in(loader) for sampler in samplers_of(one)):
         if callable(getattr(owner, "set_epoch", None)) and not any(owner is one for one in found):
             found.append(owner)
     return found
