@@ -58,6 +58,29 @@ class TestLoadNewest:
         with pytest.raises(RankError, match=r"Rank 1 cannot load .*new\.pt', .* no such file"):
             load_newest(folder, lambda path: None)
 
+    @pytest.mark.parametrize(
+        ("names", "told"),
+        [
+            (None, "'{}' does not exist"),
+            ([], "'{}' is empty"),
+            ([".hidden"], "'{}' is empty"),
+            (["a.txt", "model.pt"], "None of the 2 files and folders in '{}' is a checkpoint to go on from"),
+        ],
+    )
+    def test_says_that_a_run_begins_anew(self, tmp_path, caplog, names, told):
+        """Where there is nothing to resume from, one line says so, and why; a first start is no warning."""
+        there = tmp_path / "run"
+        if names is not None:
+            there.mkdir()
+            for name in names:
+                (there / name).write_text("foreign")
+        caplog.set_level("INFO", "trainbus")
+
+        assert load_newest(there, lambda path: None) is None
+        assert [(one.levelname, one.getMessage()) for one in caplog.records] == [
+            ("INFO", f"{told.format(there)}: the run begins anew.")
+        ]
+
 
 class TestOwnPart:
     """A launcher has set WORLD_SIZE, and there is no process group."""

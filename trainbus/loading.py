@@ -149,7 +149,21 @@ def load_newest(
     if half_loaded is not None:
         # Some ranks stand where it was saved, and others at the start.
         raise RankError(f"{half_loaded} There is no other to go on from. Start the run again.", [])
+    if ranks.rank() == 0:
+        logger.info("%s: the run begins anew.", _nothing_in(folder))
     return None
+
+
+def _nothing_in(folder: str | os.PathLike[str]) -> str:
+    """Say how it comes that there is nothing to go on from: a wrong name looks like a first start."""
+    path = os.fspath(folder)
+    try:
+        seen = [name for name in os.listdir(os.path.expanduser(path)) if not name.startswith(".")]
+    except OSError:
+        return f"{path!r} does not exist"
+    if not seen:
+        return f"{path!r} is empty"
+    return f"None of the {len(seen)} files and folders in {path!r} is a checkpoint to go on from"
 
 
 def _try(load: Callable[[str], Manifest | None], path: str) -> tuple[Manifest | None, Exception | None]:
