@@ -406,6 +406,29 @@ class TestLoad:
             ):
                 other.load(tmp_path / "a.pt")
 
+    def test_ends_a_stop(self, tmp_path, caplog):
+        """A run that was stopped goes on from a loaded file; without the progress it stays stopped."""
+        caplog.set_level("INFO", "trainbus")
+        with make() as handler:
+            handler.save(tmp_path / "a.pt")
+            train(handler)
+            handler.stop("the loss is nan")
+            handler.load(tmp_path / "a.pt", only=("module", "optimizer"))
+            assert handler.stopped and list(handler.epochs(1)) == []
+
+            handler.load(tmp_path / "a.pt")
+            assert (handler.stopped, handler.stop_reason) == (False, None)
+            assert f"The stop is over (the loss is nan): {tmp_path / 'a.pt'} was loaded." in caplog.messages
+            assert list(handler.epochs(1)) == [0]
+
+    def test_keeps_a_stop_from_before_the_training(self, tmp_path):
+        """A stop that comes before anything was trained, as by a signal at the start, holds for the run."""
+        with make() as handler:
+            handler.save(tmp_path / "a.pt")
+            handler.stop()
+            handler.resume(tmp_path)
+            assert handler.stopped
+
     def test_callback_added_afterwards_takes_its_state(self, tmp_path):
         """The order of resume and add_callback does not matter."""
         with make() as handler:

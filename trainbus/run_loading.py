@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Collection
 from typing import Any
@@ -17,12 +18,16 @@ from trainbus.state.collect import restore
 
 __all__ = ["RunLoading"]
 
+logger = logging.getLogger("trainbus")
+
 
 class RunLoading(RunSaving):
     """What `Handler` does about checkpoints."""
 
     callbacks: dict[str, Callback]
     resumed: bool
+    stopped: bool
+    stop_reason: str | None
     lineage: tuple[str, ...]
     _unclaimed: dict[str, Any]  # states that were loaded for callbacks not yet added
 
@@ -35,7 +40,7 @@ class RunLoading(RunSaving):
         Every rank reads the file and takes its own random state and data position from it. What a file of
         another number of ranks cannot say is told in the log. Collective when more than one rank runs: saves
         of them all are finished first. Of parameters that are divided among ranks each reads its part, in
-        place.
+        place. With the progress, a stop of the training so far is over: loops go on from the file's moment.
 
         Args:
             path: A file of this class, the folder of a sharded checkpoint, or a module's state dict saved
@@ -52,6 +57,8 @@ class RunLoading(RunSaving):
             StateMismatchError: If file and run have different parts.
         """
         self._finish_saves(path, "handler.load")
+        # A stop from before all training, such as a signal's, is none of what the load goes back behind.
+        stop_is_over = self.stopped and self.global_step > 0
         parts = self._parts()
         if self._divided is None:
             loaded = read_state(path, only, lambda wanted: load_checkpoint(path))
@@ -71,6 +78,9 @@ class RunLoading(RunSaving):
         self._moments.restore(own.state, own.wanted)
         if "progress" in loaded.wanted:
             self.resumed = True
+            if stop_is_over:
+                logger.info("The stop is over (%s): %s was loaded.", self.stop_reason, os.fspath(path))
+                self.stopped, self.stop_reason = False, None
             if loaded.manifest is not None:
                 self.lineage = (*loaded.manifest.parents, loaded.manifest.run_id)
         return loaded.manifest
@@ -87,7 +97,7 @@ class RunLoading(RunSaving):
 
         Returns:
             Its manifest, or None if there is nothing to resume from: a first run goes on
-            from the start with the same script.
+            from the start with the same script. The log says why, at INFO.
 
         Raises:
             StateMismatchError: The newest file does not fit this run.
