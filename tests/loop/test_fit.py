@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainbus import Handler
+from trainbus.errors import TrainbusError
 from trainbus.testing import EventRecorder
 from trainbus_callbacks import EMA, Every, ModelCheckpoint
 
@@ -291,6 +292,10 @@ class TestFit:
             ({"loss_fn": mse_loss, "clip_norm": -1.0}, "clip_norm must be more than 0, .* got -1.0"),
             ({"loss_fn": mse_loss, "clip_norm": float("nan")}, "clip_norm must be more than 0, .* got nan"),
             ({"loss_fn": mse_loss, "step_scheduler": "step"}, "must be 'epoch' or 'batch', got 'step'"),
+            (
+                {"train_step": lambda model, batch: {"loss": torch.ones(()), "weight": 1}},
+                "A step's metric cannot be named 'weight', .*'weight': 1.* another name",
+            ),
             ({"train_step": lambda model, batch: 0.5}, "must return the loss as a tensor.*got 0.5"),
         ],
     )
@@ -299,6 +304,37 @@ class TestFit:
         handler, train, _ = make()
         with pytest.raises(ValueError, match=message), handler:
             handler.fit(train, epochs=1, **options)
+
+    def test_refuses_a_plateau_per_batch(self):
+        """What is given the epoch's metric is not stepped by batch; that is said before all training."""
+        handler, train, _ = make(torch.optim.lr_scheduler.ReduceLROnPlateau)
+        with pytest.raises(ValueError, match="step_scheduler='batch' does not go with ReduceLROnPlateau"):
+            handler.fit(train, epochs=1, loss_fn=mse_loss, step_scheduler="batch")
+        assert handler.global_step == 0
+
+    @pytest.mark.parametrize(("loader", "epoch"), [([], 1), (lambda train: iter(list(train)), 2)])
+    def test_refuses_an_epoch_without_batches(self, loader, epoch):
+        """An empty loader, and one that is used up, ends the training with an error."""
+        handler, train, _ = make()
+        with pytest.raises(TrainbusError, match=rf"Cannot train epoch {epoch}: the loader .* gave no batch"):
+            with handler:
+                handler.fit(loader(train) if callable(loader) else loader, epochs=3, loss_fn=mse_loss)
+        assert handler.epoch == epoch - 1
+
+    def test_a_continued_epoch_may_be_over(self, tmp_path):
+        """A run that was saved with an epoch's last batch has none to come in it, nor has a stopped one."""
+        handler, train, val = make()
+        with handler:
+            handler.on("train_batch_end", lambda batch: batch == 4 and handler.save(tmp_path / "a.pt"))
+            handler.fit(train, val, epochs=1, loss_fn=mse_loss)
+            handler.on("epoch_begin", handler.stop)
+            handler.fit(train, val, epochs=2, loss_fn=mse_loss)
+        handler, train, val = make()
+        with handler:
+            handler.load(tmp_path / "a.pt")
+            handler.fit(train, val, epochs=1, loss_fn=mse_loss)
+
+        assert (handler.epoch, handler.global_step) == (1, 5)
 
     def test_refuses_several_modules(self):
         """fit trains one module; for more there are the generators."""

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainbus.console import console_lines
+from trainbus.errors import TrainbusError
 from trainbus.state.optimizer_types import load_exactly
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def fit(
 
         train_step:
             ``train_step(model, batch)`` instead; returns the loss, or a dict of metrics whose
-            ``"loss"`` is it.
+            ``"loss"`` is it; a batch's weight in the averages is its first dimension.
 
         val_step: The same for validation; by default *train_step*.
 
@@ -74,17 +75,24 @@ def fit(
 
     Raises:
         ValueError: If an argument is out of its range or two contradict each other.
+        TrainbusError: If *train_loader* has no batch for an epoch.
     """
     plan = _Plan(handler, loss_fn, train_step, val_step, device, accumulate, clip_norm, autocast)
     plan.check()
     if step_scheduler not in ("epoch", "batch"):
         raise ValueError(f"step_scheduler must be 'epoch' or 'batch', got {step_scheduler!r}.")
     plan.scheduler_per_batch = step_scheduler == "batch"
+    if plan.scheduler_per_batch and isinstance(handler.scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "step_scheduler='batch' does not go with ReduceLROnPlateau, which is given a metric of the "
+            "epoch. Use step_scheduler='epoch'."
+        )
     plan.scheduler_metric = scheduler_metric or ("loss" if val_loader is None else "val_loss")
     plan.move_to_device()
     with contextlib.ExitStack() as stack:
         if handler.rank == 0:
             stack.enter_context(console_lines())
+        stack.enter_context(handler.on("epoch_begin", plan.note_new_epoch))
         if not plan.scheduler_per_batch:
             stack.enter_context(handler.on("epoch_end", plan.step_scheduler_with, priority=-50))
         for _ in handler.epochs(epochs):
@@ -108,6 +116,7 @@ class _Plan:
     autocast: torch.dtype | None
     scheduler_per_batch: bool = False
     scheduler_metric: str = "val_loss"
+    is_new_epoch: bool = False  # begun here, with no batch of it so far
 
     def check(self) -> None:
         if (self.loss_fn is None) == (self.train_step is None):
@@ -136,12 +145,16 @@ class _Plan:
         if optimizer.state:
             load_exactly(optimizer, optimizer.state_dict(), {})
 
+    def note_new_epoch(self) -> None:
+        self.is_new_epoch = True
+
     def train_one_epoch(self, loader: Iterable[Any]) -> None:
         handler = self.handler
         handler.model.train()
         waiting = 0  # batches whose gradients no step has used yet
         total = _sure_length(loader)
         for raw in handler.batches(loader):
+            self.is_new_epoch = False
             waiting += 1
             steps = waiting == self.accumulate or handler.batch + 1 == total
             # Where nobody knows which batch is the last to be stepped with, each may be.
@@ -154,6 +167,11 @@ class _Plan:
             handler.log(**metrics)
         if waiting:  # no length told of the last one; also after a stop, for no checkpoint holds gradients
             self._optimizer_step()
+        if self.is_new_epoch and not handler.stopped:  # a continued one may be over
+            raise TrainbusError(
+                f"Cannot train epoch {handler.epoch + 1}: the loader {loader!r} gave no batch in a whole "
+                "pass. Give fit() something that can be iterated over again and again."
+            )
 
     @torch.no_grad()
     def validate(self, loader: Iterable[Any]) -> None:
@@ -188,6 +206,11 @@ class _Plan:
                 result = self.loss_fn(self.handler.model(inputs), targets)
         if isinstance(result, torch.Tensor):
             return {"loss": result}
+        if isinstance(result, Mapping) and "weight" in result:
+            raise ValueError(
+                f"A step's metric cannot be named 'weight', got {result!r}: handler.log takes that for the "
+                "batch's weight in the averages. Give it another name."
+            )
         if isinstance(result, Mapping) and isinstance(result.get("loss"), torch.Tensor):
             return dict(result)
         raise ValueError(
