@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict, namedtuple
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trainbus import Handler
 from trainbus.errors import TrainbusError
+from trainbus.loop.fit import to_device
 from trainbus.testing import EventRecorder
 from trainbus_callbacks import EMA, Every, ModelCheckpoint
 
@@ -340,3 +342,50 @@ class TestFit:
         """fit trains one module; for more there are the generators."""
         with pytest.raises(ValueError, match=r"fit\(\) trains one module, this handler has several: G, D"):
             Handler({"G": nn.Linear(1, 1), "D": nn.Linear(1, 1)}).fit([], epochs=1, loss_fn=mse_loss)
+
+
+class Named(dict):
+    """A batch whose entries are attributes too."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+class Movable:
+    """A batch that is no container and can be moved."""
+
+    def __init__(self, device="cpu", *, in_place=False):
+        self.device, self.in_place = device, in_place
+
+    def to(self, device):
+        if not self.in_place:
+            return Movable(device)
+        self.device = device
+
+
+class TestToDevice:
+    def test_containers_keep_their_class(self):
+        """Tuples, lists and dicts of any class are made again with what is in them on the device."""
+        pair = namedtuple("pair", "x y")
+        batch = Named(a=[torch.ones(1)], b=pair(torch.ones(1), "text"), c=defaultdict(list, d=torch.ones(1)))
+        moved = to_device(batch, "meta")
+
+        assert type(moved) is Named and moved.a[0].is_meta and not batch.a[0].is_meta
+        assert type(moved.b) is pair and moved.b.x.is_meta and moved.b.y == "text"
+        assert type(moved.c) is defaultdict and moved.c["d"].is_meta and moved.c["e"] == []
+
+    def test_packed_sequence(self):
+        """Packed sequences know themselves what of them goes to a device."""
+        packed = to_device(nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)]), "meta")
+
+        assert packed.data.is_meta and not packed.batch_sizes.is_meta
+
+    @pytest.mark.parametrize("in_place", [True, False])
+    def test_what_can_be_moved(self, in_place):
+        """What has a ``to`` is moved by it, whether it returns something or not."""
+        assert to_device([Movable(in_place=in_place)], "meta")[0].device == "meta"
+
+    @pytest.mark.parametrize("batch", [5, "text", None, Movable, torch.float32])
+    def test_others(self, batch):
+        """All else stays as it is."""
+        assert to_device(batch, "meta") is batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -263,9 +264,21 @@ def _sure_length(loader: Iterable[Any]) -> int | None:
 
 
 def to_device(batch: Any, device: str | torch.device) -> Any:
-    """Return *batch* (tensors in tuples, lists and dicts) on *device*; pinned memory without waiting."""
+    """
+    Return *batch* on *device*: tensors, and what has a ``to``, in tuples, lists and dicts of any class.
+
+    Tensors in pinned memory are not waited for.
+    """
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
+    if callable(getattr(type(batch), "to", None)):  # of the class: entries may be attributes
+        moved = batch.to(device)
+        return batch if moved is None else moved  # some move in place
+    if isinstance(batch, dict) and type(batch) is not dict:
+        own = copy.copy(batch)
+        for name, item in batch.items():
+            own[name] = to_device(item, device)
+        return own
     if isinstance(batch, Mapping):
         return {name: to_device(item, device) for name, item in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
