@@ -234,6 +234,46 @@ class TestSave:
         with pytest.raises(TypeError, match=re.escape(f"Cannot save {place}: it has no state_dict()")):
             Handler(nn.Linear(1, 1), **options)
 
+    @pytest.mark.parametrize(
+        ("wrong", "told"),
+        [
+            (lambda m, o, s: Handler(o, m), "module=SGD(...): it is an optimizer"),
+            (lambda m, o, s: Handler(m, m), "optimizer=Linear(...): it is a module"),
+            (lambda m, o, s: Handler(m, s), "optimizer=StepLR(...): it is a scheduler"),
+            (lambda m, o, s: Handler(m, {"o": s}), "optimizer['o']=StepLR(...): it is a scheduler"),
+            (
+                lambda m, o, s: Handler(m, torch.amp.GradScaler("cpu")),
+                "optimizer=GradScaler(...): it is a sc",
+            ),
+            (lambda m, o, s: Handler(m, trainbus.Callback()), "optimizer=Callback(...): it has no step()"),
+            (lambda m, o, s: Handler(m, o, scheduler=o), "scheduler=SGD(...): it is an optimizer"),
+            (lambda m, o, s: Handler(m, o, scaler=s), "scaler=StepLR(...): it is a scheduler"),
+            (lambda m, o, s: Handler(m, extra=[s]), "extra=[<torch.optim.lr_scheduler.StepLR object at "),
+            (
+                lambda m, o, s: Handler(m, extra=m),
+                "extra=Linear(in_features=1, out_features=1, bias=True): it",
+            ),
+        ],
+    )
+    def test_parts_must_be_in_their_places(self, wrong, told):
+        """What is given in the place of something else is refused when the handler is made, by its class."""
+        module = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(module.parameters())
+        with pytest.raises(TypeError, match=re.escape(f"Cannot take {told}")):
+            wrong(module, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1))
+
+    def test_parts_of_other_classes(self):
+        """What trains need not be of torch's classes, and extras may be anything that has a state."""
+
+        class Learned(nn.Linear):
+            def step(self):
+                pass
+
+        module, own = nn.Linear(1, 1), Learned(1, 1)
+        optimizer = torch.optim.SGD(module.parameters())
+        with Handler(module, own, scheduler=own, extra={"o": optimizer, "m": own}) as handler:
+            assert handler.optimizer is own
+
     def test_replaced_optimizer_is_seen(self, tmp_path):
         """The steps of an optimizer that was put in the place of another count."""
         with make() as handler:

@@ -85,7 +85,8 @@ class Handler(RunLoading):
         closed: Whether `close` was called; nothing can be saved then.
 
     Raises:
-        TypeError: If a part has no state to save, or its state is not all on this rank.
+        TypeError: If a part has no state to save, stands in the place of another, or its state is not all
+            on this rank.
         ValueError: If an option is out of its range.
         RankError: If not all ranks make a handler.
     """
@@ -118,7 +119,7 @@ class Handler(RunLoading):
         self.module = unwrap(module)
         self.scheduler = scheduler
         self.scaler = scaler
-        self.extra = dict(extra or {})
+        self.extra = _by_name(extra)
         self.config = config
         self.callbacks: dict[str, Callback] = {}
         self._unclaimed = {}
@@ -398,3 +399,12 @@ class Handler(RunLoading):
             undo()
         if self.bus.handler is self:
             self.bus.handler = None
+
+
+def _by_name(extra: Any) -> dict[str, Any]:
+    try:
+        return dict(extra or {})
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"Cannot take extra={extra!r}: it takes a dict of objects by name, e.g. extra={{'ema': ema}}."
+        ) from None

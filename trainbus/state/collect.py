@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from trainbus.errors import StateMismatchError, did_you_mean
 from trainbus.state.named_optimizer import NamedOptimizer, is_by_name
@@ -33,6 +34,13 @@ __all__ = [
 ]
 
 KEYS = ("module", "optimizer", "scheduler", "scaler", "extra", "callbacks", "progress", "rng", "data")
+
+_KINDS: dict[str, type] = {
+    "module": torch.nn.Module,
+    "optimizer": torch.optim.Optimizer,
+    "scheduler": LRScheduler,
+    "scaler": torch.amp.GradScaler,
+}
 
 logger = logging.getLogger("trainbus")
 
@@ -105,7 +113,8 @@ def each_of(part: Any, change: Callable[[Any], Any]) -> Any:
 
 def check_parts(parts: Parts) -> None:
     """
-    Raise TypeError for a part that has no state to save and load, or not on this rank alone, naming it.
+    Raise TypeError for a part that has no state to save and load, or not on this rank alone, naming it;
+    and for one in the place of another, such as a scheduler for an optimizer.
 
     An optimizer or scheduler may be None, and each part but the scaler a dict of several.
     """
@@ -128,7 +137,23 @@ def check_parts(parts: Parts) -> None:
                     f"Cannot save {place}={one!r}: it has no state_dict() and load_state_dict(). "
                     "Give an object that has both, or a dict of such objects by name."
                 )
+            _refuse_swapped(place, key, one)
     refuse_split_state(parts.module, parts.optimizer)
+
+
+def _refuse_swapped(place: str, key: str, one: Any) -> None:
+    kind = next((other for other, known in _KINDS.items() if isinstance(one, known)), None)
+    if key == "extra" or kind == key:
+        return
+    # What trains need not be of a class of torch; a module may be an optimizer, too.
+    lacks_step = key in ("optimizer", "scheduler") and not callable(getattr(one, "step", None))
+    if lacks_step or kind not in (None, "module"):
+        article = "an" if kind == "optimizer" else "a"
+        reason = f"it is {article} {kind}" if kind is not None else "it has no step()"
+        raise TypeError(
+            f"Cannot take {place}={type(one).__name__}(...): {reason}. Write Handler(module, optimizer, "
+            "scheduler=..., scaler=...), and what is none of these by name into extra."
+        )
 
 
 def _exact_optimizer(parts: Parts, state: Mapping[str, Any]) -> Any:
