@@ -27,7 +27,8 @@ class EMA(Callback):
     holds the average, so validations judge it, and a file that is saved there has it as its ``module``. At
     every other event the module holds the weights in training. The set that is not in the module is in the
     file's ``callbacks``, so a full checkpoint has both and `Handler.resume` puts each in its place, bit for
-    bit; add the callback before or after ``resume``, with the same module.
+    bit; add the callback before or after ``resume``, with the same module. What several modules of a handler
+    share has one average and is exchanged once.
 
     Training thread. The exchange takes the time of three copies of the weights and the memory of the largest
     tensor.
@@ -56,7 +57,8 @@ class EMA(Callback):
         self.every = every
         self.start_step = start_step
         self.use_buffers = use_buffers
-        self._averages: dict[str, AveragedModel] = {}  # by the module's name; "" of the only one
+        self._average: AveragedModel | None = None  # of all modules together, for they may share parameters
+        self._averaged: dict[str, torch.nn.Module] = {}  # in it, by the module's name; "" of the only one
         self._updates = 0
         self._is_exchanged = False
         self._undo: list[Callable[[], Any]] = []
@@ -74,13 +76,12 @@ class EMA(Callback):
         Raises:
             KeyError: There is none yet: training has not begun, and nothing was loaded.
         """
-        if name not in self._averages:
+        if name not in self._averaged:
             raise KeyError(
                 f"There is no average of {name!r}: they are made when training begins, or loaded, for "
                 "each of the handler's modules. Call averaged() after that, with one of their names."
             )
-        module: torch.nn.Module = self._averages[name].module
-        return module
+        return self._averaged[name]
 
     # -- events
 
@@ -106,8 +107,8 @@ class EMA(Callback):
         self._hide(handler)  # a validation in the batch's body may have been cut short
         if handler.accumulating or global_step <= self.start_step or global_step % self.every:
             return
-        for name, module in _modules(handler):
-            self._averages[name].update_parameters(module)
+        assert self._average is not None
+        self._average.update_parameters(_together(handler))
         self._updates += 1
 
     def on_train_end(self) -> None:
@@ -130,8 +131,8 @@ class EMA(Callback):
             `AveragedModel` keeps them; ``updates``: how often it was updated.
         """
         return {
-            "weights": {name: one.module.state_dict() for name, one in self._averages.items()},
-            "counts": {name: one.n_averaged for name, one in self._averages.items()},
+            "weights": {name: module.state_dict() for name, module in self._averaged.items()},
+            "counts": dict.fromkeys(self._averaged, self._average and self._average.n_averaged),
             "updates": self._updates,
             "is_exchanged": self._is_exchanged,
         }
@@ -144,26 +145,28 @@ class EMA(Callback):
         if not weights:
             return
         self._make_averages(handler)
-        for name, average in self._averages.items():
-            average.module.load_state_dict(weights[name])
-            average.n_averaged.copy_(state["counts"][name])
+        assert self._average is not None
+        for name, module in self._averaged.items():
+            module.load_state_dict(weights[name])
+            self._average.n_averaged.copy_(state["counts"][name])
         self._hide(handler)
 
     # -- inside
 
     def _make_averages(self, handler: Any) -> None:
-        if not self._averages:
+        if self._average is None:
             average = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
-            self._averages = {
-                name: AveragedModel(module, multi_avg_fn=average, use_buffers=self.use_buffers)
-                for name, module in _modules(handler)
-            }
+            self._average = AveragedModel(
+                _together(handler), multi_avg_fn=average, use_buffers=self.use_buffers
+            )
+            copies: Any = self._average.module
+            self._averaged = {name: copies[i] for i, (name, _) in enumerate(_modules(handler))}
 
     def _follow(self, handler: Any) -> None:
         for name, module in _modules(handler):
             devices = {one.device for one in itertools.chain(module.parameters(), module.buffers())}
             if len(devices) == 1:  # a module on several stays where it was put when it was loaded
-                self._averages[name].module.to(devices.pop())
+                self._averaged[name].to(devices.pop())
 
     def _show(self, handler: Any) -> None:
         if self._updates and not self._is_exchanged:
@@ -175,14 +178,14 @@ class EMA(Callback):
 
     @torch.no_grad()
     def _exchange(self, handler: Any) -> None:
+        assert self._average is not None
         # In place: graphs, optimizers and tied weights go by the tensors there are.
-        for name, module in _modules(handler):
-            for mine, other in zip(
-                self._tensors(module), self._tensors(self._averages[name].module), strict=True
-            ):
-                kept = mine.clone()
-                mine.copy_(other)
-                other.copy_(kept)
+        pairs = zip(self._tensors(_together(handler)), self._tensors(self._average.module), strict=True)
+        # Back in the opposite order, for memory that several tensors are views of is exchanged several times.
+        for mine, other in list(pairs)[:: -1 if self._is_exchanged else 1]:
+            kept = mine.clone()
+            mine.copy_(other)
+            other.copy_(kept)
         self._is_exchanged = not self._is_exchanged
 
     def _tensors(self, module: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -198,3 +201,7 @@ class EMA(Callback):
 def _modules(handler: Any) -> list[tuple[str, torch.nn.Module]]:
     module = handler.module
     return list(module.items()) if isinstance(module, Mapping) else [("", module)]
+
+
+def _together(handler: Any) -> torch.nn.ModuleList:
+    return torch.nn.ModuleList(module for _, module in _modules(handler))

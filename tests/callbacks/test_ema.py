@@ -172,6 +172,42 @@ class TestExchange:
 
         assert seen == addresses and module[0].weight is module[1].weight
 
+    @pytest.mark.parametrize("names", [["gen", "dis"], ["whole", "gen", "part"]])
+    def test_modules_that_share(self, names):
+        """A parameter of several modules has one average, which all of them show, and it comes back."""
+        shared = torch.nn.Linear(1, 1)
+        gen, dis = (torch.nn.Sequential(shared, torch.nn.Linear(1, 1)) for _ in range(2))
+        modules = {"gen": gen, "dis": dis, "whole": torch.nn.ModuleList([gen, dis]), "part": shared}
+        handler = FakeHandler(module={name: modules[name] for name in names})
+        ema = handler.add_callback(EMA(0.5))
+        seen, own = [], [gen[1].weight, shared.weight]
+        handler.bus.on(
+            "train_batch_begin", lambda global_step: [one.data.fill_(global_step + 1) for one in own]
+        )
+        handler.bus.on("val_batch_end", lambda: seen.append([one.item() for one in own]))
+        emit_run(handler.bus, epochs=1, batches=2, val_batches=1)
+
+        assert seen == [[1.5, 1.5]] and [one.item() for one in own] == [2.0, 2.0]
+        averages = {id(one): one for name in names for one in ema.averaged(name).parameters()}
+        assert len(averages) == len({id(one) for name in names for one in modules[name].parameters()})
+        assert sorted(one.item() for one in averages.values()).count(1.5) >= 2
+
+    @pytest.mark.parametrize("use_buffers", [True, False])
+    def test_views(self, use_buffers):
+        """Tensors that are views of the same memory come back too, parameters and buffers."""
+        module = torch.nn.Module()
+        module.whole = torch.nn.Parameter(torch.zeros(2))
+        module.again = torch.nn.Parameter(module.whole.detach())
+        module.register_buffer("part", module.whole.detach()[1:])
+        handler = FakeHandler(module=module)
+        handler.add_callback(EMA(0.5, use_buffers=use_buffers))
+        seen = []
+        handler.bus.on("train_batch_begin", lambda global_step: module.whole.data.fill_(global_step + 1))
+        handler.bus.on("val_batch_end", lambda: seen.append(module.whole.tolist()))
+        emit_run(handler.bus, epochs=1, batches=2, val_batches=1)
+
+        assert seen == [[1.5, 1.5]] and module.whole.tolist() == [2.0, 2.0]
+
     @pytest.mark.parametrize("event", ["train_batch_end", "exception", "train_end"])
     def test_validation_cut_short(self, event):
         """After a validation without an end the weights in training are back at the next event."""
@@ -264,6 +300,32 @@ class TestCheckpoints:
             handler.fit(data, data, epochs=1, loss_fn=mse_loss)
 
         assert torch.equal(trainbus.load(tmp_path / "best.pt")["weight"], ema.averaged().weight)
+
+    @pytest.mark.parametrize("event", ["epoch_end", "train_batch_end"])
+    def test_modules_that_share(self, tmp_path, event):
+        """Both sets of modules with a shared parameter come out of a file as they were."""
+
+        def run(epochs):
+            torch.manual_seed(0)
+            shared = torch.nn.Linear(2, 2)
+            modules = {name: torch.nn.Sequential(shared, torch.nn.Linear(2, 1)) for name in ("gen", "dis")}
+            data = torch.randn(4, 8, 2)
+            parameters = torch.nn.ModuleDict(modules).parameters()
+            optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+            with Handler(modules, optimizer) as handler:
+                ema = handler.add_callback(EMA(0.5))
+                handler.on(event, lambda handler: handler.save_async(tmp_path / "last.pt"), priority=100)
+                handler.resume(tmp_path)
+                for _ in handler.epochs(epochs):
+                    for x in handler.batches(data):
+                        sum(module(x).square().mean() for module in modules.values()).backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+            return [weights(one) for one in (*modules.values(), ema.averaged("gen"), ema.averaged("dis"))]
+
+        before = run(1)
+        assert all(torch.equal(one, other) for one, other in zip(before, run(1), strict=True))
+        assert torch.equal(before[2][:6], before[3][:6])
 
     def test_file_without_an_average(self, tmp_path):
         """Added to a run that went on without one, it begins with the weights that were loaded."""
