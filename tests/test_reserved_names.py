@@ -7,11 +7,13 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
 
 from trainbus import CheckpointLockedError, CheckpointWriteError, Handler
+from trainbus.checkpoint.template_lock import lock_path
 from trainbus.testing import FaultyDisk
 from trainbus_callbacks import ModelCheckpoint
 
@@ -59,7 +61,7 @@ sys.stdin.read()
         with make() as handler:
             handler.add_callback(ModelCheckpoint(tmp_path / "{epoch}.pt"))
             for _ in handler.epochs(1):
-                assert os.listdir(tmp_path) == ["._epoch_.pt.lock"]
+                assert list(tmp_path.iterdir()) == [Path(lock_path(str(tmp_path), "{epoch}.pt"))]
 
         assert os.listdir(tmp_path) == ["1.pt"]
 

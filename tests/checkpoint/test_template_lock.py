@@ -206,11 +206,32 @@ class TestLockPath:
         """It lies beside the files, hidden, whatever the template holds and however the folder is written."""
         monkeypatch.chdir(tmp_path)
 
-        assert lock_path("runs", "best_{val/loss:.2f}.pt") == str(
-            tmp_path / "runs" / ".best__val_loss_.2f_.pt.lock"
+        path = lock_path("runs", "best_{val/loss:.2f}.pt")
+        assert re.fullmatch(
+            re.escape(f"{tmp_path}/runs/.best__val_loss_.2f_.pt-") + "[0-9a-f]{16}.lock", path
         )
         assert lock_path(".", "a.pt") == lock_path(str(tmp_path), "a.pt") == str(tmp_path / ".a.pt.lock")
 
     def test_is_never_too_long(self, tmp_path):
         """A long template has a name that the file system takes."""
         assert len(os.path.basename(lock_path(str(tmp_path), "x" * 255))) <= 255
+
+    @pytest.mark.parametrize(
+        "one, other",
+        [
+            ("生成器.pt", "判别器.pt"),
+            ("a b.pt", "a_b.pt"),
+            ("{a}.pt", "_a_.pt"),
+            ("x" * 210 + "1.pt", "x" * 210 + "2.pt"),
+            ("x" * 201, "x" * 200),
+            ("\udcff.pt", "\ud800.pt"),
+        ],
+    )
+    def test_is_of_one_template(self, tmp_path, one, other):
+        """Templates that differ in what a name of plain letters cannot hold have locks of their own."""
+        first = TemplateLock(str(tmp_path), one)
+        second = TemplateLock(str(tmp_path), other)
+        with pytest.raises(CheckpointLockedError):
+            TemplateLock(str(tmp_path), other)
+        first.release()
+        second.release()

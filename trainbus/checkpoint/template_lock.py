@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ __all__ = ["TemplateLock", "lock_path"]
 _log = logging.getLogger("trainbus")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")
 _LONGEST_NAME = 200
+_DIGITS = 16  # of the digest that tells templates apart whose names look alike
 _MOST_BYTES = 1000  # of what a lock file says of its holder
 _TRIES = 5  # each lost only to a holder that lets go between two calls
 
@@ -95,9 +97,12 @@ class TemplateLock:
 
 
 def lock_path(folder: str, template: str) -> str:
-    """Return the absolute path of the lock file of a name template in a folder."""
-    name = f".{_UNSAFE.sub('_', template)[:_LONGEST_NAME]}.lock"
-    return os.path.join(os.path.abspath(os.path.expanduser(folder)), name)
+    """Return the absolute path of the lock file of a name template in a folder, one for each template."""
+    name = _UNSAFE.sub("_", template)[:_LONGEST_NAME]
+    if name != template:
+        digest = hashlib.sha256(template.encode(errors="surrogatepass")).hexdigest()[:_DIGITS]
+        name = f"{name[: _LONGEST_NAME - _DIGITS - 1]}-{digest}"
+    return os.path.join(os.path.abspath(os.path.expanduser(folder)), f".{name}.lock")
 
 
 def _is_still_there(fd: int, folder: int, name: str) -> bool:
