@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,24 @@ class TestTemplateLock:
 
         assert os.listdir(tmp_path / "new") == []
         TemplateLock(str(tmp_path / "new"), "a.pt").release()
+
+    def test_release_leaves_what_is_of_another(self, tmp_path, hold):
+        """Where the folder was removed and made again, the lock that a new run has there stays its own."""
+        old = TemplateLock(str(tmp_path / "run"), "a.pt")
+        shutil.rmtree(tmp_path / "run")
+        hold(tmp_path / "run", "a.pt")
+        old.release()
+
+        with pytest.raises(CheckpointLockedError):
+            TemplateLock(str(tmp_path / "run"), "a.pt")
+
+    def test_release_without_the_file(self, tmp_path):
+        """Where the folder is gone there is nothing to remove."""
+        lock = TemplateLock(str(tmp_path / "run"), "a.pt")
+        shutil.rmtree(tmp_path / "run")
+        lock.release()
+
+        assert not (tmp_path / "run").exists()
 
     def test_forgotten_one_is_released(self, tmp_path):
         """One that nobody refers to any more is released."""

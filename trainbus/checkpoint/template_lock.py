@@ -84,7 +84,9 @@ class TemplateLock:
         if fd is None:
             return
         with contextlib.suppress(OSError):
-            os.unlink(self.path)  # while it is still held, so that nobody else's is removed
+            # While it is held. It may be another's all the same, if the folder was removed and made again.
+            if _is_still_there(fd, None, self.path):
+                os.unlink(self.path)
         os.close(fd)
 
     def __del__(self) -> None:
@@ -105,7 +107,7 @@ def lock_path(folder: str, template: str) -> str:
     return os.path.join(os.path.abspath(os.path.expanduser(folder)), f".{name}.lock")
 
 
-def _is_still_there(fd: int, folder: int, name: str) -> bool:
+def _is_still_there(fd: int, folder: int | None, name: str) -> bool:
     try:
         there = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
