@@ -37,7 +37,7 @@ class Preemption(SavingCallback):
         filepath: A template such as ``"runs/preempted.pt"``; its fields are ``epoch`` (1-based), ``batch``
             (completed in this epoch) and ``global_step``.
         signals: Which to listen to, on the main thread. Their earlier handlers are called too, and are back
-            after the run.
+            after the run, and in forked children at once.
         grace_seconds: How long to wait for the file to be on the disk. Less than the cluster gives, by the
             time of a batch.
 

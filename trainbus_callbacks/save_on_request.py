@@ -36,7 +36,7 @@ class SaveOnRequest(SavingCallback):
         request_file: Touch it to ask; it is removed when the request is taken. By default ``save-now`` in
             the folder of *filepath*.
         signum: The signal that asks; None: no signal. Its earlier handler is called too, and is back after
-            the run.
+            the run, and in forked children at once.
         seconds_between_looks: How often to look for the file at most.
 
     Raises:

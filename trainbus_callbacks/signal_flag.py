@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -16,13 +17,15 @@ _log = logging.getLogger("trainbus")
 
 _listening: dict[signal.Signals, list[SignalFlag]] = {}
 _earlier: dict[signal.Signals, Any] = {}  # whose the signals were before the first of those listened
+_process = os.getpid()  # that listens
 
 
 class SignalFlag:
     """
     Notes that one of some signals came, and does nothing else in the signal's handler.
 
-    Several may listen to one signal, and leave in any order.
+    Several may listen to one signal, and leave in any order. Forked children do not listen: they have the
+    earlier handlers back, so that SIGTERM ends the workers of a pool.
 
     Args:
         signals: Which.
@@ -63,10 +66,8 @@ class SignalFlag:
         self._listens = False
         for one in self.signals:
             if _listening[one] == [self]:
-                # First, so that no signal is lost. None: it was set by something else than Python, which
-                # has to set it again itself.
-                signal.signal(one, _earlier[one] or signal.SIG_DFL)
-                del _listening[one], _earlier[one]
+                _give_back(one)
+                del _listening[one]
             else:
                 _listening[one].remove(self)
 
@@ -83,12 +84,34 @@ class SignalFlag:
 def _note(signum: int, frame: FrameType | None) -> None:
     # On the main thread between any two instructions: nothing else may be touched here.
     received = signal.Signals(signum)
+    if os.getpid() != _process:  # in a child, before its turn came to give them back
+        _leave_in_child()
+        signal.raise_signal(received)
+        return
     for flag in _listening.get(received, ()):
         flag.note(received)
     earlier = _earlier.get(received)
     # Ctrl-C's own handler raises, which is what a flag is there to avoid.
     if callable(earlier) and earlier is not signal.default_int_handler:
         earlier(signum, frame)
+
+
+def _give_back(one: signal.Signals) -> None:
+    # First, so that no signal is lost. None: it was set by something else than Python, which has to set it
+    # again itself.
+    signal.signal(one, _earlier[one] or signal.SIG_DFL)
+    del _earlier[one]
+
+
+def _leave_in_child() -> None:
+    global _process
+    for one, flags in list(_listening.items()):
+        for flag in flags:
+            flag._listens = False
+        if signal.getsignal(one) is _note:  # else it is called by what took its place
+            _give_back(one)
+    _listening.clear()
+    _process = os.getpid()  # last, so that no signal is lost
 
 
 def _checked(signum: int) -> signal.Signals:
@@ -99,3 +122,6 @@ def _checked(signum: int) -> signal.Signals:
     if one in (signal.SIGKILL, signal.SIGSTOP):
         raise ValueError(f"{one.name} ends or stops a process unheard. Use e.g. signal.SIGTERM.")
     return one
+
+
+os.register_at_fork(after_in_child=_leave_in_child)

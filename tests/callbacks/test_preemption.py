@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 from trainbus import CheckpointWriteError, Handler, ranks, read_manifest
 from trainbus.testing import FakeHandler, emit_run
 from trainbus.testing.faults import FaultyDisk
-from trainbus_callbacks import Preemption
+from trainbus_callbacks import Preemption, SaveOnRequest, signal_flag
 from trainbus_callbacks.signal_flag import SignalFlag
 
 
@@ -302,3 +302,120 @@ class TestSignalFlag:
 
         assert "Cannot receive SIGTERM" in caplog.text and "Preemption" in caplog.text
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+def fork(run=lambda: None):
+    """Return the number of a forked child that calls *run*, says so and waits for signals for a while."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(10)
+            run()
+            os.write(write, b".")
+            while True:
+                signal.pause()
+        finally:
+            os._exit(3)
+    os.close(write)
+    os.read(read, 1)
+    os.close(read)
+    return child
+
+
+def end_of(child, signum=signal.SIGTERM):
+    """Return what became of a child that is sent a signal: its exit code, or minus the signal."""
+    os.kill(child, signum)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class TestForkedChildren:
+    @pytest.mark.parametrize("callbacks", [[Preemption], [SaveOnRequest], [Preemption, SaveOnRequest]])
+    def test_die_of_the_signal(self, callbacks):
+        """A process forked while a callback listens dies of the signal, and its parent listens on."""
+        handler = FakeHandler()
+        for n, callback in enumerate(callbacks):
+            signals = {"signals": [signal.SIGTERM]} if callback is Preemption else {"signum": signal.SIGTERM}
+            handler.add_callback(callback(f"{n}.pt", **signals))
+        handler.bus.emit("train_begin")
+        code = end_of(fork())
+        signal.raise_signal(signal.SIGTERM)
+        handler.bus.emit("train_batch_end")
+        handler.bus.emit("train_end")
+
+        assert code == -signal.SIGTERM and len(handler.saves) == len(callbacks)
+
+    def test_from_another_thread(self):
+        """A child of another thread than the main one dies of it too."""
+        flag = SignalFlag([signal.SIGTERM])
+        flag.listen("a test")
+        children = []
+        thread = threading.Thread(target=lambda: children.append(fork()))
+        thread.start()
+        thread.join()
+        flag.leave()
+
+        assert end_of(children[0]) == -signal.SIGTERM
+
+    def test_have_the_earlier_handler(self):
+        """What listened before the first of several hears the signal in the child, as in its parent later."""
+        before = signal.signal(signal.SIGUSR1, lambda *_: os._exit(7) if os.getpid() != parent else None)
+        parent, flags = os.getpid(), [SignalFlag([signal.SIGUSR1]) for _ in range(2)]
+        mine = signal.getsignal(signal.SIGUSR1)
+        try:
+            for flag in flags:
+                flag.listen("a test")
+            child = fork()
+            flags[0].leave()
+            flags[1].leave()
+            assert signal.getsignal(signal.SIGUSR1) is mine
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+        assert end_of(child, signal.SIGUSR1) == 7
+
+    def test_keep_what_was_set_later(self):
+        """A handler that was set over ours stays, and reaches through it the one of before."""
+        before = signal.signal(signal.SIGUSR1, lambda *_: os._exit(7) if os.getpid() != parent else None)
+        parent, flag = os.getpid(), SignalFlag([signal.SIGUSR1])
+        try:
+            flag.listen("a test")
+            ours = signal.getsignal(signal.SIGUSR1)
+            signal.signal(signal.SIGUSR1, lambda *args: ours(*args))
+            child = fork()
+            flag.leave()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+        assert end_of(child, signal.SIGUSR1) == 7
+
+    def test_may_listen_themselves(self):
+        """A child that trains hears its own signals, and leaves them as they were before its parent's."""
+
+        def train():
+            flag.leave()
+            flag.listen("the child")
+            signal.raise_signal(signal.SIGTERM)
+            if flag.take() is not signal.SIGTERM:
+                os._exit(4)
+            flag.leave()
+
+        flag = SignalFlag([signal.SIGTERM])
+        flag.listen("a test")
+        child = fork(train)
+        flag.leave()
+
+        assert end_of(child) == -signal.SIGTERM
+
+    def test_signal_that_comes_at_once(self, monkeypatch):
+        """One that comes before the child has given the signal back is not lost."""
+
+        def begin():
+            flag.listen("the child")
+            monkeypatch.setattr(signal_flag, "_process", 0)
+            signal.raise_signal(signal.SIGTERM)
+
+        flag = SignalFlag([signal.SIGTERM])
+        child = fork(begin)
+
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
