@@ -21,12 +21,14 @@ class CSVLogger(Callback):
     Write ``epoch`` (1-based), ``global_step`` and all metrics of each epoch to a CSV file, on rank 0.
 
     Each row is in the file when the event is over. A metric that appears later gets a column; the file
-    is rewritten then, through a temporary one, so that it is whole at each moment. A resumed run drops
-    the rows behind the point where it continues, so no epoch stands twice; a new run that finds a file
-    sets it aside as ``<name>.1``, ``<name>.2``, ...
+    is rewritten then, through a temporary one that is synced, so that it is whole at each moment; after a
+    power cut the last rows may be missing. A resumed run drops the rows behind the point where it
+    continues, so no epoch stands twice; a new run that finds a file sets it aside as ``<name>.1``,
+    ``<name>.2``, ...
 
     Args:
-        path: The file; missing folders are made, ``~`` is expanded.
+        path: The file, of the working directory at this moment if it is relative; missing folders are made,
+            ``~`` is expanded.
 
     Raises:
         ValueError: While training, if the file of the run that is resumed is no such table.
@@ -35,7 +37,7 @@ class CSVLogger(Callback):
     priority = 40  # after those that add metrics
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.expanduser(os.fspath(path))
+        self.path = os.path.abspath(os.path.expanduser(os.fspath(path)))
         self._columns: list[str] = []
 
     def on_train_begin(self, handler: Any, resumed: bool) -> None:
@@ -43,8 +45,8 @@ class CSVLogger(Callback):
         self._columns = []
         if handler.rank != 0:
             return
-        os.makedirs(os.path.dirname(self.path) or os.curdir, exist_ok=True)
-        if not os.path.exists(self.path):
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:  # as a power cut may leave it
             return
         if not resumed:
             os.rename(self.path, self._free_name())
@@ -95,6 +97,8 @@ class CSVLogger(Callback):
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut might leave the name with nothing in it
         os.replace(temporary, self.path)
         self._columns = columns
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 
 import pytest
 import torch
@@ -58,6 +59,33 @@ class TestRows:
         ]
         assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
+    def test_another_working_directory(self, tmp_path, monkeypatch):
+        """A relative path is meant where the callback was made, whatever the script does later."""
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path)
+        handler = FakeHandler()
+        handler.bus.on("epoch_end", lambda: os.chdir("elsewhere"), once=True)
+        run("a.csv", epochs=3, logs={"loss": 1.0}, handler=handler)
+
+        assert len(rows(tmp_path / "a.csv")) == 3 and not list((tmp_path / "elsewhere").iterdir())
+
+    def test_synced_before_it_is_renamed(self, tmp_path, monkeypatch):
+        """What takes the file's place is on the disk with all its bytes."""
+        synced, replace = [], os.replace
+        monkeypatch.setattr(
+            os, "fsync", lambda fd: synced.append((os.fstat(fd).st_ino, os.fstat(fd).st_size))
+        )
+        renamed = []
+
+        def note(old, new):
+            renamed.append((os.stat(old).st_ino, os.stat(old).st_size) in synced)
+            replace(old, new)
+
+        monkeypatch.setattr(os, "replace", note)
+        run(tmp_path / "a.csv", epochs=1, logs={"loss": 1.0})
+
+        assert renamed == [True]
+
     def test_rank_0_only(self, tmp_path):
         """Other ranks write nothing."""
         run(tmp_path / "a.csv", epochs=1, logs={}, handler=FakeHandler(rank=1))
@@ -106,6 +134,15 @@ class TestSecondRun:
 
         assert [row["loss"] for row in rows(tmp_path / "a.csv")] == ["1.0", "2.0", "9.0"]
 
+    @pytest.mark.parametrize("resumed", [True, False])
+    def test_empty(self, tmp_path, resumed):
+        """A file with nothing in it, as a power cut may leave one, is begun anew."""
+        (tmp_path / "a.csv").touch()
+        run(tmp_path / "a.csv", epochs=2, logs={"loss": [1.0, 2.0]}, first_epoch=int(resumed))
+
+        assert [row["epoch"] for row in rows(tmp_path / "a.csv")] == (["2"] if resumed else ["1", "2"])
+        assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
     def test_new_run(self, tmp_path):
         """A run that is not resumed sets the file of the one before aside."""
         for value in (1.0, 2.0, 3.0):
@@ -118,7 +155,7 @@ class TestSecondRun:
         ("text", "words"),
         [
             ("name,age\nx,1\n", r"its first columns are \['name', 'age'\].*Move the file away"),
-            ("", r"its first columns are \[\]"),
+            ("x", r"its first columns are \[\]"),
             ("epoch,global_step\nx,1\n", "the epoch of a row is 'x' and should be an int"),
             ("epoch,global_step\n,1\n", "the epoch of a row is ''"),
         ],
