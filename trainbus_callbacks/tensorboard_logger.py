@@ -27,7 +27,8 @@ class TensorBoardLogger(Callback):
     continues. TensorBoard's own thread writes; after an epoch everything before it is in the file.
 
     Args:
-        log_dir: The folder of this run; ``~`` is expanded. Use one for each run.
+        log_dir: The folder of this run, of the working directory at this moment if it is relative; ``~`` is
+            expanded. Use one for each run.
         every: Write a batch's metrics after so many training batches; None: those of epochs only.
             Writing waits for the device that computes the metrics.
 
@@ -49,7 +50,9 @@ class TensorBoardLogger(Callback):
                 "TensorBoardLogger needs tensorboard, which is not installed. "
                 'Run: pip install "trainbus[tensorboard]"'
             )
-        self.log_dir = os.path.expanduser(os.fspath(log_dir))
+        self.log_dir = os.fspath(log_dir)
+        if "://" not in self.log_dir:  # what has one is no path on this machine
+            self.log_dir = os.path.abspath(os.path.expanduser(self.log_dir))
         self.every = every
         self.writer: SummaryWriter | None = None
 

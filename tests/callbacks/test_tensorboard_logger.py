@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,23 @@ def curves(folder):
         tag: [(point.step, round(point.value, 4)) for point in shown.Scalars(tag)]
         for tag in shown.Tags()["scalars"]
     }
+
+
+class TestFolder:
+    def test_another_working_directory(self, tmp_path, monkeypatch):
+        """A relative folder is meant where the callback was made, whatever the script does later."""
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path)
+        handler = FakeHandler()
+        handler.add_callback(TensorBoardLogger("tb"))
+        handler.bus.on("epoch_end", lambda: os.chdir("elsewhere"), once=True)
+        emit_run(handler.bus, epochs=3, batches=1, logs={"loss": 1.0})
+
+        assert curves(tmp_path / "tb")["loss"] == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+    def test_elsewhere(self):
+        """What is no path on this machine is handed on as it is."""
+        assert TensorBoardLogger("s3://runs/a").log_dir == "s3://runs/a"
 
 
 class TestCurves:
