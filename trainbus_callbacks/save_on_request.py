@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -34,7 +33,7 @@ class SaveOnRequest(SavingCallback):
         filepath: A template such as ``"runs/asked_{global_step}.pt"``; its fields are ``epoch``
             (1-based), ``batch`` (completed in this epoch) and ``global_step``.
         request_file: Touch it to ask; it is removed when the request is taken. By default ``save-now`` in
-            the folder of *filepath*.
+            the folder of *filepath*. One that cannot be removed is warned of once and asks for nothing.
         signum: The signal that asks; None: no signal. Its earlier handler is called too, and is back after
             the run, and in forked children at once.
         seconds_between_looks: How often to look for the file at most.
@@ -67,6 +66,7 @@ class SaveOnRequest(SavingCallback):
         self._last_look = -float("inf")  # by time.monotonic()
         self._requested = False
         self._passed_on = False  # and not answered yet
+        self._has_warned = False
 
     @property
     def state_key(self) -> str:
@@ -127,6 +127,21 @@ class SaveOnRequest(SavingCallback):
         if now - self._last_look < self._seconds_between_looks:
             return
         self._last_look = now
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(self.request_file)
             self._requested = True
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._warn_once(error)
+
+    def _warn_once(self, error: OSError) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        _log.warning(
+            "Cannot take the request file %r: %s. Training goes on, and it is looked for again. Mend that, "
+            "ask by a signal, or give SaveOnRequest another request_file.",
+            self.request_file,
+            error.strerror,
+        )

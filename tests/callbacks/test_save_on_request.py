@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -75,6 +76,31 @@ class TestFile:
         emit_run(handler.bus, epochs=1, batches=9)
 
         assert [save.global_step for save in handler.saves] == [6]
+
+    def test_cannot_be_taken(self, asked, caplog):
+        """What cannot be removed is warned of once; training goes on, and a later request is answered."""
+        handler = asked()
+        os.mkdir("save-now")
+        handler.bus.on("train_batch_begin", lambda: os.rmdir("save-now"), after=4, once=True)
+        touch_at(handler, "train_batch_end", 6)
+        emit_run(handler.bus, epochs=1, batches=8)
+
+        assert [save.global_step for save in handler.saves] == [6]
+        warned = [record.getMessage() for record in caplog.records]
+        assert len(warned) == 1 and "'./save-now': " in warned[0] and "Training goes on" in warned[0]
+
+    def test_disk_that_fails(self, asked, monkeypatch, caplog):
+        """A disk that does not answer ends no training."""
+
+        def unlink(path):
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+
+        handler = asked()
+        with monkeypatch.context() as failing:
+            failing.setattr(os, "unlink", unlink)
+            emit_run(handler.bus, epochs=1, batches=3)
+
+        assert handler.global_step == 3 and caplog.text.count("Stale file handle") == 1
 
     def test_other_ranks(self, asked):
         """Other ranks neither take the request nor save."""
