@@ -29,15 +29,17 @@ class EarlyStopping(Callback):
 
     Args:
         monitor: The metric's name in the logs.
-        patience: Epochs without improvement after which the run stops; 0 does what 1 does.
+        patience: Epochs without improvement after which the run stops, never with its first; 0 does what 1
+            does.
         min_delta: By how much a value must be better than the best one to count, in the metric's unit.
         mode: ``"min"``, ``"max"``, or ``"auto"``, which goes by the name as `ModelCheckpoint` does.
-        baseline: What the first value must be better than; None: nothing.
+        baseline: What an improvement must be better than, too, for the epochs to be counted anew. A run
+            that improves goes on; one that does not is stopped unless it has come past this. None: nothing.
         start_from_epoch: How many epochs to let pass before judging.
 
     Attributes:
-        best: The best value so far, *baseline* before the first; None without either.
-        waited: Epochs since then.
+        best: The best value so far; None before the first.
+        waited: Epochs since then; with a *baseline* since the last that was better than this, too.
         stopped_because: A sentence once it has stopped the run, else None.
 
     Raises:
@@ -72,7 +74,8 @@ class EarlyStopping(Callback):
         self.patience = patience
         self.min_delta = min_delta
         self.mode = resolve_mode(monitor, mode)
-        self.best = baseline
+        self.baseline = baseline
+        self.best: float | None = None
         self.waited = 0
         self.stopped_because: str | None = None
         self._start_from_epoch = start_from_epoch
@@ -100,15 +103,15 @@ class EarlyStopping(Callback):
         if value is None:
             self._warn_once(logs)
             return
-        if self._is_better(value):
-            self.best, self.waited = value, 0
-            return
         self.waited += 1
-        if self.waited >= self.patience:
-            best = "nothing before" if self.best is None else describe(self.best)
+        if self._is_better(value, self.best):
+            self.best = value
+            if self.baseline is None or self._is_better(value, self.baseline):
+                self.waited = 0
+        elif self.waited >= self.patience and epoch > 0:
             self._stop(
                 handler,
-                f"{self.monitor} has not improved on {best} for {self.waited} epoch(s); it is "
+                f"{self.monitor} has not improved on {self._bar()} for {self.waited} epoch(s); it is "
                 f"{describe(value)} now.",
             )
 
@@ -135,14 +138,19 @@ class EarlyStopping(Callback):
         self.waited = state.get("waited", self.waited)
         self.stopped_because = state.get("stopped_because")
 
-    def _is_better(self, value: float) -> bool:
+    def _is_better(self, value: float, than: float | None) -> bool:
         if math.isnan(value):
             return False
-        if self.best is None:
+        if than is None:
             return math.isfinite(value)
         if self.mode == "min":
-            return value < self.best - self.min_delta
-        return value > self.best + self.min_delta
+            return value < than - self.min_delta
+        return value > than + self.min_delta
+
+    def _bar(self) -> str:
+        if self.baseline is not None and (self.best is None or not self._is_better(self.best, self.baseline)):
+            return f"the baseline {describe(self.baseline)}"
+        return "nothing before" if self.best is None else describe(self.best)
 
     def _stop(self, handler: Any, reason: str) -> None:
         self.stopped_because = reason

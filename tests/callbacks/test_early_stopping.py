@@ -34,7 +34,15 @@ class TestStops:
             ([5, 4, 6, 3, 6, 6, 6], {"patience": 2}, 6),
             ([5.0, 4.95, 4.9, 4.8, 4.8], {"patience": 2, "min_delta": 0.1}, 3),
             ([1, 2, 3, 3, 3], {"patience": 1, "mode": "max"}, 4),
-            ([0.9, 0.8, 0.4, 0.5], {"patience": 2, "baseline": 0.5}, 2),
+            ([0.9, 0.8, 0.4, 0.5, 0.5], {"patience": 2, "baseline": 0.5}, 5),
+            ([5, 4, 3, 2], {"patience": 1, "baseline": 0.1}, 4),
+            ([5, 4, 4, 3], {"patience": 1, "baseline": 0.1}, 3),
+            ([5, 4, 3, 4, 2], {"patience": 3, "baseline": 0.1}, 4),
+            ([0.4, 0.4, 0.4], {"patience": 2, "baseline": 0.5, "min_delta": 0.2}, 2),
+            ([0.4, 0.6, 0.7, 0.6], {"patience": 2, "baseline": 0.5, "mode": "max"}, 4),
+            ([math.nan, 1, 2, 0], {"patience": 0}, 3),
+            ([math.nan, 1, math.nan, 0], {"patience": 1, "baseline": 0.5}, 3),
+            ([1, 1, math.nan, 1], {"patience": 1, "start_from_epoch": 2}, 3),
             ([1, 2, 3, 2, 3], {"patience": 1, "start_from_epoch": 2}, 5),
             ([2, math.nan, math.nan, 1], {"patience": 2}, 3),
             ([math.inf, math.inf, 1], {"patience": 2}, 2),
@@ -54,6 +62,16 @@ class TestStops:
             "val_loss has not improved on 0.50000 for 1 epoch(s); it is 0.60000 now."
         )
         assert f"Training stops early: {handler.stop_reason}" in caplog.text
+
+    @pytest.mark.parametrize("values", [[5, 4, 3, 4], [math.nan] * 4])
+    def test_reason_below_the_baseline(self, values):
+        """While the baseline was never reached, that is what the reason names."""
+        handler = FakeHandler()
+        epochs_of(values, handler=handler, patience=4, baseline=0.1)
+
+        assert handler.stop_reason.startswith(
+            "val_loss has not improved on the baseline 0.10000 for 4 epoch(s)"
+        )
 
     def test_each_rank(self, caplog):
         """Every rank stops, and only rank 0 says so."""
@@ -126,6 +144,13 @@ class TestResumed:
         assert not emitted.stopped and second.stopped_because is None
         emitted.bus.emit("epoch_end", epoch=2, logs={"val_loss": 6.0})
         assert emitted.stopped
+
+    def test_baseline_of_now(self):
+        """A baseline that was added since counts, whatever the state says of the best."""
+        first, second = EarlyStopping(), EarlyStopping(patience=2, baseline=0.5)
+        second.load_state_dict(first.state_dict())
+
+        assert epochs_of([0.9, 0.9, 0.4], stopping=second) == 2
 
     @pytest.mark.parametrize("changed", [{"monitor": "val_acc"}, {"mode": "max"}])
     def test_other_arguments(self, changed):
