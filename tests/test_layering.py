@@ -229,6 +229,7 @@ ALLOWED: dict[str, set[str]] = {
     # the run
     "trainbus.loop.": RUN,
     "trainbus.loop": set(),
+    "trainbus.loop.read_only": set(),
     "trainbus.save_load": {"trainbus", "trainbus.checkpoint.", "trainbus.state."},
     "trainbus.agreement": {
         "trainbus.errors",
@@ -309,6 +310,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainbus.bus",
         "trainbus.checkpoint.",
         "trainbus.callback",
+        "trainbus.loop.read_only",
     },
     "trainbus.testing": {"trainbus.testing."},
     "trainbus.cli.report.": {"trainbus", "trainbus.", "trainbus_callbacks.history_file"},

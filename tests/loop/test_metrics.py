@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,27 @@ class TestLogs:
             TypeError, match=r"Cannot set logs\['loss'\]: .* read-only. Record a metric with handler.log"
         ):
             Logs({"loss": 1.0})["loss"] = 2.0
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda logs: logs.update(f1=1.0), r"call logs\.update\(\)"),
+            (lambda logs: logs.update({"f1": 1.0}), r"call logs\.update\(\)"),
+            (lambda logs: logs.pop("loss", None), r"call logs\.pop\(\)"),
+            (lambda logs: logs.popitem(), r"call logs\.popitem\(\)"),
+            (lambda logs: logs.setdefault("loss", 1.0), r"call logs\.setdefault\(\)"),
+            (lambda logs: logs.clear(), r"call logs\.clear\(\)"),
+            (lambda logs: logs.__delitem__("loss"), r"remove logs\['loss'\]"),
+            (lambda logs: operator.ior(logs, {"f1": 1.0}), r"change the logs by \|="),
+        ],
+    )
+    def test_does_nothing_that_changes_a_dict(self, change, words):
+        """What would change a dict says what to do instead, and changes nothing."""
+        logs = Logs({"loss": 1.0})
+        with pytest.raises(TypeError, match=f"Cannot {words}: .* Record a metric with handler.log"):
+            change(logs)
+
+        assert logs == {"loss": 1.0}
 
 
 class TestAsScalar:

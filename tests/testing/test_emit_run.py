@@ -89,6 +89,19 @@ class TestEmitRun:
             {"loss": 5 - step, "step": step, "lr": 0.1} for step in (1, 2, 3, 4)
         ]
 
+    @pytest.mark.parametrize("event", ["train_batch_end", "val_end", "epoch_end"])
+    def test_logs_are_read_only(self, event):
+        """
+        A receiver that changes the logs is told in the test what it would be told in a training.
+        """
+        bus = EventBus()
+        bus.on(event, lambda logs: logs.update(f1=1.0))
+
+        with pytest.raises(
+            TypeError, match=r"Cannot call logs\.update\(\): .*Record a metric with handler.log"
+        ):
+            emit_run(bus, val_batches=1, logs={"val_loss": 1.0}, batch_logs={"loss": 1.0})
+
     def test_list_too_short(self):
         """
         A list with too few values is an error that tells how many are needed.

@@ -6,12 +6,13 @@ until somebody looks at the `Logs` of an event.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from trainbus import ranks
+from trainbus.loop.read_only import ReadOnlyLogs
 
 __all__ = ["Logs", "Metrics", "RunningMean"]
 
@@ -62,7 +63,7 @@ class RunningMean:
         return self.value()
 
 
-class Logs(Mapping[str, Any]):
+class Logs(ReadOnlyLogs):
     """
     The metrics of an event, by name; a value becomes a Python float when it is first read.
 
@@ -70,10 +71,7 @@ class Logs(Mapping[str, Any]):
     receiver adds with `Handler.log` during ``epoch_end`` is seen by those after it.
     """
 
-    __slots__ = ("_values",)
-
-    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
-        self._values: dict[str, Any] = dict(values or {})
+    __slots__ = ()
 
     def __getitem__(self, name: str) -> Any:
         value = self._values[name]
@@ -82,24 +80,6 @@ class Logs(Mapping[str, Any]):
         elif isinstance(value, torch.Tensor):
             value = self._values[name] = value.item()
         return value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        raise TypeError(
-            f"Cannot set logs[{name!r}]: the logs are those of all receivers, and read-only. "
-            "Record a metric with handler.log(name=value), which those after you will find here."
-        )
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        return f"Logs({dict(self)})"
 
     def unread(self) -> dict[str, Any]:
         """Return the values as they are: floats, or 0-dim tensors that nobody has read yet."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainbus.bus import EventBus
+from trainbus.loop.read_only import ReadOnlyLogs
 from trainbus.testing.fakes import FakeHandler
 
 __all__ = ["emit_run"]
@@ -39,6 +40,7 @@ def emit_run(
         logs:
             Metrics of each epoch by name: a list or tuple with a value for each epoch, a function of the
             epoch (0-based), or the value itself. ``val_end`` brings those whose names begin with ``val_``.
+            Receivers get them read-only, as in a training.
 
         batch_logs:
             The same for training batches, by ``global_step``: a list's first value is that of step 1.
@@ -105,11 +107,11 @@ class _FakeRun:
             self.emit("train_batch_begin")
             step = before + batch + 1
             self.at(epoch, batch, step)
-            self.emit("train_batch_end", logs=_at(self._batch_logs, step, step - 1))
+            self.emit("train_batch_end", logs=ReadOnlyLogs(_at(self._batch_logs, step, step - 1)))
         logs = _at(self._logs, epoch, epoch)
         if not self._validation(logs):
             return False
-        self.emit("epoch_end", logs=logs)
+        self.emit("epoch_end", logs=ReadOnlyLogs(logs))
         return True
 
     def _validation(self, logs: Mapping[str, Any]) -> bool:
@@ -121,7 +123,8 @@ class _FakeRun:
                 return False
             self.emit("val_batch_begin", batch=batch)
             self.emit("val_batch_end", batch=batch)
-        self.emit("val_end", logs={name: logs[name] for name in logs if name.startswith("val_")})
+        validated = {name: logs[name] for name in logs if name.startswith("val_")}
+        self.emit("val_end", logs=ReadOnlyLogs(validated))
         return True
 
 
