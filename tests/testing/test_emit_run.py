@@ -109,6 +109,49 @@ class TestEmitRun:
         with pytest.raises(ValueError, match=r"logs\['val_loss'\] has 1 values, and number 2 is needed"):
             emit_run(EventBus(), epochs=2, logs={"val_loss": [0.5]})
 
+    @pytest.mark.parametrize(
+        ("options", "error", "words"),
+        [
+            ({"epochs": -1}, ValueError, "epochs must be an int of at least 0, got -1"),
+            ({"epochs": True}, ValueError, "epochs must be an int of at least 0, got True"),
+            ({"batches": 1.5}, ValueError, "batches must be an int of at least 0, got 1.5"),
+            ({"val_batches": -1}, ValueError, "val_batches must be an int"),
+            ({"first_epoch": None}, ValueError, "first_epoch must be an int"),
+            ({"logs": [0.1, 0.2]}, TypeError, r"logs must be a dict of metrics by name, got \[0.1, 0.2\]"),
+            ({"batch_logs": lambda step: 1.0}, TypeError, "batch_logs must be a dict .*, got <function"),
+            (
+                {"logs": {"loss": [3, 2, 1]}},
+                ValueError,
+                r"logs\['loss'\] has 3 values, and there are 2 epochs",
+            ),
+            (
+                {"batch_logs": {"loss": (1,) * 7}},
+                ValueError,
+                r"batch_logs\['loss'\] has 7 values, and there are 6 training batches",
+            ),
+        ],
+    )
+    def test_mistakes(self, options, error, words):
+        """
+        What no run is made of is refused before anything is emitted.
+        """
+        bus = EventBus()
+        recorder = EventRecorder(bus)
+
+        with pytest.raises(error, match=words):
+            emit_run(bus, **options)
+        assert recorder.names == []
+
+    @pytest.mark.parametrize(
+        ("bus", "words"), [(FakeHandler(), r"its bus: handler\.bus\."), (None, "got None. Pass a bus.")]
+    )
+    def test_no_bus(self, bus, words):
+        """
+        It emits on a bus, and says where one is.
+        """
+        with pytest.raises(TypeError, match=f"emit_run takes an EventBus, .*{words}"):
+            emit_run(bus)
+
     def test_continued(self):
         """
         A run that continues another begins at its epoch, with the steps before it counted.

@@ -163,3 +163,66 @@ class TestOutcome:
         assert events.of("checkpoint_skipped")[0]["reason"] == "a newer one took its place"
         with pytest.raises(CheckpointSkipped, match=r"'a.pt' was not saved: a newer one"):
             pending.result(timeout=5)
+
+    def test_late(self, handler, events):
+        """
+        A save that has failed may be durable all the same, and stays failed for who waits for it.
+        """
+        pending = handler.save_async("a.pt")
+
+        handler.saves[0].fail(OSError(110, "no byte was taken for too long"))
+        handler.saves[0].succeed()
+        handler.bus.drain()
+
+        assert events.names == ["checkpoint_failed", "checkpoint_saved"]
+        with pytest.raises(CheckpointWriteError):
+            pending.result(timeout=5)
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            ("succeed", "succeed"),
+            ("succeed", "fail"),
+            ("succeed", "skip"),
+            ("fail", "fail"),
+            ("fail", "skip"),
+            ("skip", "succeed"),
+            ("skip", "fail"),
+        ],
+    )
+    def test_once(self, handler, events, first, second):
+        """
+        What no save goes through is refused, and nothing is told of it.
+        """
+        given = {"fail": [OSError(28, "No space left on device")]}
+        handler.save_async("a.pt")
+        getattr(handler.saves[0], first)(*given.get(first, []))
+
+        with pytest.raises(
+            RuntimeError, match=r"Cannot finish the save of 'a.pt' again: .*auto_complete=False"
+        ):
+            getattr(handler.saves[0], second)(*given.get(second, []))
+        handler.bus.drain()
+        assert len(events.names) == 1
+
+    def test_completed_by_the_handler(self):
+        """
+        A handler that lets saves succeed has done so when the test comes to let one fail.
+        """
+        handler = FakeHandler()
+        handler.save_async("a.pt")
+
+        with pytest.raises(RuntimeError, match=r"'a.pt' again: it has succeeded already"):
+            handler.saves[0].fail(OSError(28, "No space left on device"))
+
+    @pytest.mark.parametrize("error", ["disk full", OSError, None, KeyboardInterrupt()])
+    def test_fail_without_an_error(self, handler, events, error):
+        """
+        What no writer runs into is refused, and the save stays unfinished.
+        """
+        handler.save_async("a.pt")
+
+        with pytest.raises(TypeError, match=r"takes the exception .* Pass e\.g\. OSError\(28"):
+            handler.saves[0].fail(error)
+        handler.bus.drain()
+        assert events.names == [] and handler.saves_in_flight == 1

@@ -6,7 +6,7 @@ import pytest
 
 from trainbus.bus import EventBus
 from trainbus.errors import UnknownEventError
-from trainbus.testing import EventRecorder
+from trainbus.testing import EventRecorder, FakeHandler
 
 
 class TestEventRecorder:
@@ -51,6 +51,35 @@ class TestEventRecorder:
         assert recorder.names == ["epoch_end"]
         with pytest.raises(UnknownEventError, match="Did you mean 'epoch_end'"):
             EventRecorder(bus, only=["epoch_ned"])
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            (
+                "epch_end",
+                r"does not record 'epch_end'. Did you mean 'epoch_end'\? It records epoch_end, val_end\.",
+            ),
+            ("epoch_begin", r"does not record 'epoch_begin'\..* in only="),
+        ],
+    )
+    def test_not_recorded(self, name, words):
+        """
+        Asked for what it does not record it says so, for an empty list would be taken for an answer.
+        """
+        recorder = EventRecorder(EventBus(), only=["epoch_end", "val_end"])
+
+        with pytest.raises(UnknownEventError, match=words):
+            recorder.of(name)
+        assert recorder.of("epoch_end") == []
+
+    def test_of_a_handler(self):
+        """
+        It takes a bus, and says where one is.
+        """
+        with pytest.raises(
+            TypeError, match=r"EventRecorder takes an EventBus, got .* Pass its bus: handler\.bus\."
+        ):
+            EventRecorder(FakeHandler())
 
     def test_declared(self):
         """

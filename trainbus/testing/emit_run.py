@@ -7,6 +7,7 @@ from typing import Any
 
 from trainbus.bus import EventBus
 from trainbus.loop.read_only import ReadOnlyLogs
+from trainbus.testing.arguments import require_bus, require_count, require_metrics
 from trainbus.testing.fakes import FakeHandler
 
 __all__ = ["emit_run"]
@@ -46,7 +47,17 @@ def emit_run(
             The same for training batches, by ``global_step``: a list's first value is that of step 1.
 
         first_epoch: Where a run that continues another begins; 0-based.
+
+    Raises:
+        TypeError: If *bus* is none, or metrics are not given by name.
+        ValueError: If a count is none, or a list has too few or too many values.
     """
+    require_bus(bus, "emit_run")
+    counts = {"epochs": epochs, "batches": batches, "val_batches": val_batches, "first_epoch": first_epoch}
+    for name, count in counts.items():
+        require_count(name, count)
+    require_metrics("logs", logs or {}, epochs, "epochs")
+    require_metrics("batch_logs", batch_logs or {}, epochs * batches, "training batches")
     run = _FakeRun(bus, batches, val_batches, logs or {}, batch_logs or {})
     run.at(first_epoch, 0, first_epoch * batches, total_epochs=epochs)
     run.emit("train_begin", total_epochs=epochs, resumed=run.resumed)

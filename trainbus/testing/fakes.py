@@ -26,7 +26,8 @@ class FakeSave:
     A save that a `FakeHandler` was asked for.
 
     `succeed`, `fail` and `skip` do to it what the writer would: they post the event, which is
-    delivered before the next one emitted, and complete `pending`.
+    delivered before the next one emitted, and complete `pending`. Once for each save; only what has
+    failed may still succeed, as a file does that comes all the same from a disk that took too long.
 
     Attributes:
         path, weights_only, stream, logs, monitor, mode, score, removals, keep, interrupted,
@@ -58,6 +59,7 @@ class FakeSave:
     sequence: int
     interrupted: bool = False
     full_state: bool = False
+    _outcome: str = field(default="", init=False, repr=False)
 
     @property
     def manifest(self) -> Manifest:
@@ -83,7 +85,11 @@ class FakeSave:
 
         By ``pending.times`` it is at the moment of the request, and cost nothing, unless the test has
         set them to something else.
+
+        Raises:
+            RuntimeError: It has succeeded or was skipped before.
         """
+        self._become("succeeded", after=("", "failed"))
         manifest, times = self.manifest, self.pending.times
         if times.durable is None:
             times.taken = times.begun = times.durable = times.requested
@@ -92,16 +98,42 @@ class FakeSave:
         self.pending.complete(manifest)
 
     def fail(self, error: Exception) -> None:
-        """Let the writer run into *error*, e.g. ``OSError(28, "")``: ``checkpoint_failed``."""
+        """
+        Let the writer run into *error*, e.g. ``OSError(28, "")``: ``checkpoint_failed``.
+
+        Raises:
+            TypeError: *error* is no exception.
+            RuntimeError: It is finished already.
+        """
+        if not isinstance(error, Exception):
+            raise TypeError(
+                f"fail() takes the exception that the writer runs into, got {error!r}. "
+                "Pass e.g. OSError(28, 'No space left on device')."
+            )
+        self._become("failed")
         failure = CheckpointWriteError(self.path, self.global_step, error)
         failure.__cause__ = error
         self._post("checkpoint_failed", error=failure)
         self.pending.fail(failure)
 
     def skip(self, reason: str = "the writer was busy") -> None:
-        """Let it not be carried out: ``checkpoint_skipped``."""
+        """
+        Let it not be carried out: ``checkpoint_skipped``.
+
+        Raises:
+            RuntimeError: It is finished already.
+        """
+        self._become("been skipped")
         self._post("checkpoint_skipped", reason=reason)
         self.pending.fail(CheckpointSkipped(self.path, reason))
+
+    def _become(self, outcome: str, after: Sequence[str] = ("",)) -> None:
+        if self._outcome not in after:
+            raise RuntimeError(
+                f"Cannot finish the save of {self.path!r} again: it has {self._outcome} already. Each is "
+                "finished once; FakeHandler(auto_complete=False) leaves that to the test."
+            )
+        self._outcome = outcome
 
     def _post(self, event: str, **fields: Any) -> None:
         self.bus.post(

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trainbus.bus import EventBus
+from trainbus.errors import UnknownEventError, did_you_mean
+from trainbus.testing.arguments import require_bus
 
 __all__ = ["EventRecorder", "RecordedEvent"]
 
@@ -42,8 +44,10 @@ class EventRecorder:
     """
 
     def __init__(self, bus: EventBus, only: Iterable[str] | None = None) -> None:
+        require_bus(bus, "EventRecorder")
         self.events: list[RecordedEvent] = []
-        for name in bus.events if only is None else only:
+        self._recorded = tuple(bus.events if only is None else only)
+        for name in self._recorded:
             bus.on(name, self._receiver(name), priority=-math.inf)
 
     @property
@@ -52,7 +56,18 @@ class EventRecorder:
         return [event.name for event in self.events]
 
     def of(self, name: str) -> list[dict[str, Any]]:
-        """Return the payloads of the events of this name, in order."""
+        """
+        Return the payloads of the events of this name, in order.
+
+        Raises:
+            UnknownEventError: If events of this name are not recorded.
+        """
+        if name not in self._recorded:
+            raise UnknownEventError(
+                f"This recorder does not record {name!r}.{did_you_mean(name, self._recorded)} It records "
+                f"{', '.join(self._recorded) or 'nothing'}. Name what it should record in only=, and declare "
+                "events of your own before it is made."
+            )
         return [event.payload for event in self.events if event.name == name]
 
     def assert_trace(self, expected: Sequence[Expected]) -> None:
