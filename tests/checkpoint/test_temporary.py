@@ -45,6 +45,21 @@ class TestSweep:
         assert sweep(str(tmp_path), Disk()) == [name]
         assert os.listdir(tmp_path) == []
 
+    @pytest.mark.parametrize("ending", [".trainbus.tmp", ".trainbus.tmp.d"])
+    def test_takes_names_of_any_letters(self, tmp_path, ending):
+        """Also what a checkpoint with an end of a line in its name has left is removed."""
+        name = f".a\nb.pt.0123456789abcdef{ending}"
+        (tmp_path / name).mkdir() if ending.endswith(".d") else (tmp_path / name).touch()
+
+        assert sweep(str(tmp_path), Disk()) == [name]
+
+    def test_gives_names_of_any_letters_back(self, tmp_path):
+        """So is one that was moved out of the way given back its name."""
+        (tmp_path / "a\nb.0123456789abcdef.trainbus.old").touch()
+        sweep(str(tmp_path), Disk())
+
+        assert os.listdir(tmp_path) == ["a\nb"]
+
     def test_leaves_what_is_being_written(self, tmp_path, folder):
         """A file that somebody is writing stays, also between its last byte and its rename."""
         with create_temporary(Disk(), folder, "a.pt") as (name, fd):
@@ -144,3 +159,16 @@ class TestCreate:
                 pass
 
         assert set(os.listdir("/proc/self/fd")) == before
+
+
+class TestNames:
+    @pytest.mark.parametrize("letter", ["x", "ü", "器", "😀", "\udcff"])
+    @pytest.mark.parametrize("odd", range(4))
+    def test_long(self, tmp_path, folder, letter, odd):
+        """A long name is cut between two letters, for some file systems refuse half of one."""
+        final = "y" * odd + letter * (240 // len(os.fsencode(letter)))
+        with create_temporary(Disk(), folder, final) as (name, fd):
+            os.close(fd)
+
+            assert TEMPORARY.fullmatch(name) and len(os.fsencode(name)) <= 253
+            assert final.startswith(name[1:].rsplit(".", 3)[0])

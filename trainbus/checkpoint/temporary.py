@@ -32,14 +32,15 @@ __all__ = [
 
 _log = logging.getLogger("trainbus")
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.trainbus\.tmp")
+# With DOTALL, for a name may hold the end of a line.
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.trainbus\.tmp", re.DOTALL)
 """What the names of our unfinished files look like, and nobody else's."""
 
 _FOLDER_ENDING = ".d"
-TEMPORARY_FOLDER = re.compile(TEMPORARY.pattern + re.escape(_FOLDER_ENDING))
+TEMPORARY_FOLDER = re.compile(TEMPORARY.pattern + re.escape(_FOLDER_ENDING), re.DOTALL)
 """What the names of our unfinished folders look like, and of those that are being removed."""
 
-REPLACED = re.compile(r"(?P<name>.+)\.[0-9a-f]{16}\.trainbus\.old")
+REPLACED = re.compile(r"(?P<name>.+)\.[0-9a-f]{16}\.trainbus\.old", re.DOTALL)
 """What a checkpoint is called while a new one takes its name, where the two cannot change places."""
 
 _LONGEST_NAME = 255
@@ -259,6 +260,8 @@ def replaced_name(name: str) -> str:
 
 def _temporary_name(final_name: str) -> str:
     ending = f".{os.urandom(8).hex()}.trainbus.tmp"
-    # Cut in bytes, for that is how the file system counts.
     room = _LONGEST_NAME - len(ending) - len(_FOLDER_ENDING) - 1
-    return f".{os.fsdecode(os.fsencode(final_name)[:room])}{ending}"
+    # The file system counts bytes, and some refuse half a letter.
+    while len(os.fsencode(final_name)) > room:
+        final_name = final_name[:-1]
+    return f".{final_name}{ending}"
