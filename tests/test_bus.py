@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from types import MappingProxyType
 
 import pytest
 
@@ -242,6 +243,30 @@ class TestEmit:
         with pytest.raises(PayloadError, match=match):
             traced.bus.emit("epoch_end", log={})
         assert traced.trace == []
+
+    @pytest.mark.parametrize("logs", [[0.5], 0.5, "loss", {"loss"}, lambda: {}])
+    @pytest.mark.parametrize("send", ["emit", "post"])
+    def test_logs_without_names(self, send, logs):
+        """
+        Logs that are no mapping are refused where they are sent, not where a receiver reads them.
+        """
+        traced = Traced("epoch_end")
+        with pytest.raises(
+            PayloadError, match=r"Cannot emit 'epoch_end' with logs=.*: logs are metrics by name"
+        ):
+            getattr(traced.bus, send)("epoch_end", logs=logs)
+        traced.bus.drain()
+        assert traced.trace == []
+
+    def test_no_logs(self):
+        """
+        None stands for no logs, and any mapping will do.
+        """
+        traced = Traced("epoch_end")
+        for logs in (None, {}, MappingProxyType({"loss": 0.5})):
+            traced.bus.emit("epoch_end", logs=logs)
+
+        assert traced.trace == ["epoch_end"] * 3
 
     def test_nested(self):
         """

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import threading
 import weakref
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -290,6 +293,39 @@ class TestFilter:
         with pytest.raises(ValueError, match=match):
             bus.on("epoch_end", lambda: None, **options)
         assert not bus.signal("epoch_end").receivers
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("one", [np.int64(1), np.array(1), torch.tensor(1), 1.0])
+    def test_of_other_libraries(self, one):
+        """
+        Integers of NumPy and torch are numbers of events as well, and floats that are whole.
+        """
+        assert numbers_passed([0, one, 2], every=2) == [one]
+
+    @pytest.mark.parametrize("epoch", ["one", None, [1], math.nan, math.inf, np.ones(2)])
+    def test_that_are_none(self, epoch):
+        """
+        What is no number is told to be so where a filter goes by it, with the one who emitted it.
+        """
+        bus, called = EventBus(), []
+        bus.on("epoch_end", lambda: called.append(1), every=2)
+
+        with pytest.raises(
+            PayloadError, match=r"emitted by .*test_that_are_none .* cannot be told from epoch="
+        ):
+            bus.emit("epoch_end", epoch=epoch)
+        assert called == []
+
+    def test_without_a_filter(self):
+        """
+        Where nothing goes by the number it may be anything.
+        """
+        bus, seen = EventBus(), []
+        bus.on("epoch_end", lambda epoch: seen.append(epoch))
+        bus.emit("epoch_end", epoch="one")
+
+        assert seen == ["one"]
 
 
 class TestOnce:

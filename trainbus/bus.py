@@ -199,7 +199,8 @@ class EventBus:
 
         Raises:
             UnknownEventError: If there is no event of this name.
-            PayloadError: If it does not have a field, or a receiver needs one left out.
+            PayloadError: If it does not have a field, a receiver needs one left out, logs are no mapping, or
+                a filter goes by a number that is none.
             WrongThreadError: If called on a thread that does not own the bus.
         """
         self._emit(name, sender, payload, None)
@@ -210,7 +211,7 @@ class EventBus:
 
         Raises:
             UnknownEventError: If there is no event of this name.
-            PayloadError: If it does not have a field.
+            PayloadError: If it does not have a field, or logs are no mapping.
         """
         channel = self._channel(name)
         channel.check(payload)

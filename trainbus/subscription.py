@@ -9,7 +9,7 @@ import sys
 import threading
 import weakref
 from types import BuiltinMethodType, MethodType, TracebackType
-from typing import Any, Literal, Self, TypedDict
+from typing import Any, Literal, NoReturn, Self, TypedDict
 
 from trainbus.errors import PayloadError, did_you_mean
 from trainbus.events import Event
@@ -168,7 +168,8 @@ class Subscription:
         Return the receiver if it is to be called for this event, else None.
 
         Raises:
-            PayloadError: If the receiver names a field that was not given.
+            PayloadError: If the receiver names a field that was not given, or its filter needs the event's
+                number and there is none.
         """
         receiver = self.alive()
         if receiver is None:
@@ -195,6 +196,13 @@ class Subscription:
             return self._filter.passes(number(payload))
         except KeyError as error:
             raise self._missing(error.args[0], posted_by) from None
+        except (TypeError, ValueError, OverflowError) as error:
+            given = ", ".join(f"{name}={payload.get(name)!r}" for name in ("epoch", "batch", "global_step"))
+            raise PayloadError(
+                f"Cannot deliver event {self.name!r}, emitted by {posted_by or emitter()}, to {self.label}: "
+                f"its filter goes by the event's number, which cannot be told from {given}: {error}. "
+                "Emit it with ints for these."
+            ) from error
 
     def _missing(self, field: str, posted_by: str | None) -> PayloadError:
         return PayloadError(
@@ -240,9 +248,18 @@ class Channel:
         self._lock = threading.RLock()
 
     def check(self, payload: Payload) -> None:
-        """Raise PayloadError if the event has not all these fields."""
-        if self.fields.issuperset(payload):
-            return
+        """Raise PayloadError if the event has not all these fields, or the logs are no mapping."""
+        if not self.fields.issuperset(payload):
+            self._refuse_field(payload)
+        logs = payload.get("logs")
+        # Not isinstance(…, Mapping), which takes four times as long for what is no dict.
+        if logs is not None and not hasattr(logs, "keys"):
+            raise PayloadError(
+                f"Cannot emit {self.event.name!r} with logs={logs!r}: logs are metrics by name. "
+                "Pass a mapping, e.g. logs={'loss': 0.5}."
+            )
+
+    def _refuse_field(self, payload: Payload) -> NoReturn:
         unknown = next(field for field in payload if field not in self.fields)
         raise PayloadError(
             f"Cannot emit {self.event.name!r} with {unknown!r}: the event has no such field."
