@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from trainbus.cli import main
+from trainbus.errors import StateMismatchError
 
 
 class TestMain:
@@ -45,6 +46,19 @@ class TestMain:
             main()
 
         assert info.value.code == f"trainbus: [Errno 13] Permission denied: {str(tmp_path)!r}"
+
+    def test_error_of_trainbus(self, tmp_path, monkeypatch, capsys):
+        """What trainbus itself refuses is one line too."""
+
+        def scandir(path):
+            raise StateMismatchError("does not fit")
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        monkeypatch.setattr(sys, "argv", ["trainbus", "ls", str(tmp_path)])
+        with pytest.raises(SystemExit) as info:
+            main()
+
+        assert info.value.code == "trainbus: does not fit"
 
     def test_python_m(self, tmp_path):
         """``python -m trainbus`` is the same command, in the Python that runs it."""

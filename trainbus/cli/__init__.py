@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from trainbus.errors import MissingExtraError
+from trainbus.errors import TrainbusError
 
 __all__ = ["main"]
 
@@ -15,9 +15,7 @@ def main() -> None:
         from trainbus.cli.app import app
 
         app()
-    except MissingExtraError as error:
-        sys.exit(f"trainbus: {error}")
-    except OSError as error:  # such as a folder that may not be read
+    except (TrainbusError, OSError) as error:  # such as a folder that may not be read
         sys.exit(f"trainbus: {error}")
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]

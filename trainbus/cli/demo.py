@@ -11,6 +11,7 @@ import sysconfig
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from trainbus.checkpoint.folder import CheckpointFolder
+from trainbus.errors import StateMismatchError
 from trainbus.handler import Handler
 from trainbus_callbacks import History, ModelCheckpoint, ProgressBar
 
@@ -40,7 +42,14 @@ def run(folder: str, epochs: int, batches: int, save_every: int, *, as_json: boo
         save_every: Training batches between two checkpoints.
         as_json: Print one object at the end: ``folder``, ``resumed``, ``epoch`` (completed ones),
             ``global_step``, ``cost`` (as `CheckpointStats`) and ``checkpoints``. All else goes to stderr.
+
+    Raises:
+        typer.BadParameter: *folder* is a file.
+        SystemExit: What *folder* holds is no demo's.
     """
+    place = os.path.expanduser(folder)
+    if os.path.lexists(place) and not os.path.isdir(place):
+        raise typer.BadParameter(f"{folder!r} is a file. The demo takes a folder for its checkpoints.")
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         console = Console()
         handler = _train(console, folder, epochs, batches, save_every)
@@ -70,13 +79,23 @@ def _train(console: Console, folder: str, epochs: int, batches: int, save_every:
         handler.add_callback(best)
         handler.add_callback(History(os.path.join(folder, "history.jsonl"), every=10))
         handler.add_callback(ProgressBar(disable=None))  # no bar where the output is no terminal
-        if handler.resume(folder):
+        if _resumes(handler, folder):
             console.print(_where_it_continues(handler, epochs), soft_wrap=True)
         try:
             handler.fit(train, validation, epochs=epochs, train_step=loss_of)
         except KeyboardInterrupt:
             sys.exit("\nInterrupted. Run the same command again, and it continues where it was.")
     return handler
+
+
+def _resumes(handler: Handler, folder: str) -> bool:
+    try:
+        return handler.resume(folder) is not None
+    except StateMismatchError:
+        sys.exit(
+            f"trainbus: {folder!r} holds checkpoints of another run, which the demo cannot continue. Give "
+            "the demo a folder of its own."
+        )
 
 
 def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
