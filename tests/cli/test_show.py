@@ -108,6 +108,43 @@ class TestTree:
             "none  {}",
         ]
 
+    @pytest.mark.parametrize(
+        "value, line, entry",
+        [
+            (torch.ones(5), "float32 [5]  20 B", {"dtype": "float32", "shape": [5], "bytes": 20}),
+            ([1, 2, "a"], "[1, 2, 'a']", {"type": "list"}),
+            (7, "7", {"value": 7}),
+            ("abc", "'abc'", {"value": "abc"}),
+            (None, "None", {"value": None}),
+            ({}, "{}", {"type": "dict"}),
+            ([], "[]", {"type": "list"}),
+        ],
+    )
+    def test_without_names(self, tmp_path, value, line, entry):
+        """A tensor, a plain value or a list of them that is all of a file is shown itself."""
+        torch.save(value, tmp_path / "a.pt")
+        trainbus.save(value, tmp_path / "b.pt")
+
+        assert show(tmp_path / "a.pt")[1][1:] == [line]
+        assert show(tmp_path / "b.pt")[1][-1] == line
+        same_as = {"same_as": None} if "dtype" in entry else {}
+        found = json.loads(show(tmp_path / "a.pt", "--json")[1][0])
+        assert found["entries"] == [{"name": [], **entry, **same_as}]
+
+    def test_module(self, tmp_path):
+        """A whole module is named by its class."""
+        torch.save(torch.nn.Linear(3, 2), tmp_path / "a.pt")
+
+        assert show(tmp_path / "a.pt")[1][1:] == ["an object of torch.nn.modules.linear.Linear"]
+
+    def test_name(self, tmp_path):
+        """A dtype, of which a file has the name alone, is shown by it."""
+        torch.save({"dtype": torch.float32}, tmp_path / "a.pt")
+
+        assert show(tmp_path / "a.pt")[1][1:] == ["dtype  torch.float32"]
+        found = json.loads(show(tmp_path / "a.pt", "--json")[1][0])
+        assert found["entries"] == [{"name": ["dtype"], "type": "torch.float32"}]
+
     def test_json(self, tmp_path):
         """With --json there is one object of the manifest and the entries, with numbers JSON knows."""
         trainbus.save({"t": torch.ones(2), "x": float("inf")}, tmp_path / "a.pt")

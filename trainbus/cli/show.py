@@ -40,7 +40,7 @@ class _Entry:
 
 def run(file: str, *, as_json: bool) -> None:
     """
-    Print the manifest, then a line for each name, indented by its depth.
+    Print the manifest, then a line for each name, indented by its depth; of what has no names, itself.
 
     Reads the end of the file, its directory and the names; the digest is not checked (`trainbus verify`
     does), and nothing in the file is imported or run. Of a sharded checkpoint its metadata is read, which
@@ -81,10 +81,14 @@ def _outline(path: str) -> Any:
 
 
 def _walk(value: Any, keys: tuple[Any, ...], around: frozenset[int] = frozenset()) -> Iterator[_Entry]:
-    """Give what is in *value*, each container before its items; one that holds itself is not entered."""
-    if keys:
-        yield _Entry(keys, value)
+    """
+    Give what is in *value*, each container before its items; one that holds itself is not entered.
+
+    The whole has no name and is given only where nothing in it is.
+    """
     children = _children(value)
+    if keys or children is None or not value:
+        yield _Entry(keys, value)
     if children is None or id(value) in around or len(keys) >= _DEEPEST:
         return
     for key, child in children:
@@ -103,6 +107,11 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | complex | str | bytes)
 
 
+def _is_name(value: Any) -> bool:
+    """Tell what a pickle only names, such as ``torch.float32``, a class or a function."""
+    return isinstance(value, type) and issubclass(value, Opaque)
+
+
 def _marked(entries: Iterator[_Entry]) -> Iterator[_Entry]:
     """Name the first of several tensors that are one and the same."""
     first: dict[Any, str] = {}
@@ -116,6 +125,8 @@ def _marked(entries: Iterator[_Entry]) -> Iterator[_Entry]:
 
 
 def _line(entry: _Entry) -> str:
+    if not entry.keys:
+        return _words(entry)
     indent = "  " * (len(entry.keys) - 1)
     return f"{indent}{printable(str(entry.keys[-1]))}  {_words(entry)}".rstrip()
 
@@ -128,6 +139,8 @@ def _words(entry: _Entry) -> str:
         return f"{text}  = {entry.same_as}" if entry.same_as else f"{text}  {_size(value.nbytes)}"
     if isinstance(value, Opaque):
         return f"an object of {printable(value.name)}"
+    if _is_name(value):
+        return printable(value.name)
     if isinstance(value, Mapping):
         size = _total(value)
         return f"({_size(size)})" if size else "" if value else "{}"
@@ -154,7 +167,8 @@ def _json(entry: _Entry) -> dict[str, Any]:
     if _is_plain(value) and not isinstance(value, bytes | complex):
         finite = not isinstance(value, float) or math.isfinite(value)
         return {"name": name, "value": value if finite else str(value)}
-    return {"name": name, "type": value.name if isinstance(value, Opaque) else type(value).__name__}
+    kind = value.name if isinstance(value, Opaque) or _is_name(value) else type(value).__name__
+    return {"name": name, "type": kind}
 
 
 def _facts(manifest: Manifest | None) -> dict[str, Any] | None:
