@@ -211,12 +211,14 @@ ALLOWED: dict[str, set[str]] = {
     "trainbus.checkpoint.verify": {
         *FILE,
         "trainbus.checkpoint.digest",
+        "trainbus.checkpoint.folder",
         "trainbus.checkpoint.sharded_format",
     },
     "trainbus.checkpoint.outline": FILE,
     "trainbus.checkpoint.unpickling": set(),
     "trainbus.checkpoint.load": {
         *FILE,
+        "trainbus.checkpoint.folder",
         "trainbus.checkpoint.sharded_format",
         "trainbus.checkpoint.sharded_load",
         "trainbus.checkpoint.unpickling",

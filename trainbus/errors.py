@@ -200,17 +200,22 @@ class CheckpointWriteError(CheckpointError, OSError):
 
 class CheckpointCorruptError(CheckpointError, ValueError):
     """
-    A file is not the checkpoint it claims to be. Raised before any tensor of it is used.
+    A file is not the checkpoint it claims to be, or none at all. Raised before any tensor of it is used.
 
     Attributes:
         path: The file.
         reason: What is wrong with it, in one clause.
+        instead: What to do where something else than a checkpoint was given; None: it is damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], reason: str, *, instead: str | None = None) -> None:
         self.path = os.fspath(path)
         self.reason = reason
-        super().__init__(f"Checkpoint {self.path!r} is damaged: {reason}. Load an older one instead.")
+        self.instead = instead
+        if instead is None:
+            super().__init__(f"Checkpoint {self.path!r} is damaged: {reason}. Load an older one instead.")
+        else:
+            super().__init__(f"Cannot read {self.path!r}: {reason}. {instead}")
 
 
 class SnapshotChangedError(TrainbusError, RuntimeError):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 from dataclasses import fields, replace
 
 import pytest
@@ -210,15 +211,42 @@ class TestReadManifest:
 
     @pytest.mark.parametrize(
         "data",
-        [b"", b"hello", bytes(30), with_comment(b"made by somebody"), sealed(FULL)[1] + b"\n", b"x" * 70_000],
+        [
+            b"",
+            b"PK",
+            bytes(30),
+            with_comment(b"made by somebody"),
+            b"PK\3\4" + sealed(FULL)[1][:-1],
+            b"PK\3\4" + bytes(70_000),
+            b"PK\3\4" + sealed(FULL)[1] + b"\n",
+        ],
     )
     def test_damage(self, tmp_path, data):
         """
-        What is no zip, has another comment or something behind it is damaged.
+        What begins as a zip and ends otherwise, lost all its bytes or has another comment is damaged.
         """
         (tmp_path / "a.pt").write_bytes(data)
 
         with pytest.raises(CheckpointCorruptError, match=r"a\.pt' is damaged: (it does not end|the comment)"):
+            read_manifest(tmp_path / "a.pt")
+
+    @pytest.mark.parametrize("data", [b"hello", b"x" * 70_000, pickle.dumps({"a": 1}), b"\x10\0\0\0{}"])
+    def test_something_else(self, tmp_path, data):
+        """
+        What neither begins nor ends as a zip was never a checkpoint, and is not called a damaged one.
+        """
+        (tmp_path / "a.pt").write_bytes(data)
+
+        with pytest.raises(CheckpointCorruptError, match=r"it is no checkpoint, as .* Name a file of"):
+            read_manifest(tmp_path / "a.pt")
+
+    def test_legacy(self, tmp_path):
+        """
+        A file of torch before 1.6 is not called damaged, and how it is read and written anew is said.
+        """
+        torch.save({"a": 1}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+
+        with pytest.raises(CheckpointCorruptError, match=r"before 1\.6 .* trainbus\.load reads it"):
             read_manifest(tmp_path / "a.pt")
 
     def test_other_size(self, tmp_path):
@@ -329,5 +357,5 @@ class TestOpenRegular:
         """
         A folder is refused.
         """
-        with pytest.raises(CheckpointCorruptError, match="not a regular file"):
+        with pytest.raises(CheckpointCorruptError, match="it is a folder and not a regular file"):
             open_regular(tmp_path)

@@ -15,13 +15,15 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
+import trainbus
 from trainbus import Handler
 from trainbus.checkpoint.file_format import read_manifest
-from trainbus.checkpoint.load import load_file
-from trainbus.checkpoint.verify import verify_file
+from trainbus.checkpoint.load import load_checkpoint, load_file
+from trainbus.checkpoint.verify import verify_checkpoint, verify_file
 from trainbus.errors import CheckpointCorruptError, UntrustedPickleError
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -292,6 +294,51 @@ class TestForeignFiles:
 
         with pytest.raises(CheckpointCorruptError, match="not a regular file"):
             load_file(tmp_path / "a.pt")
+
+
+class TestSomethingElse:
+    @pytest.mark.parametrize("data", [b"hello", b"Please", pickle.dumps({"a": 1})])
+    def test_no_zip(self, tmp_path, data):
+        """
+        What never was a checkpoint is not called a damaged one, and no older one is asked for.
+        """
+        (tmp_path / "a.pt").write_bytes(data)
+
+        with pytest.raises(CheckpointCorruptError, match=r"it is no checkpoint, as .* Name a file of"):
+            load_file(tmp_path / "a.pt")
+
+    @pytest.mark.parametrize("save", [numpy.savez, numpy.savez_compressed])
+    def test_other_zip(self, tmp_path, save):
+        """
+        Neither is a zip of another library.
+        """
+        save(tmp_path / "a.npz", a=numpy.zeros(3))
+
+        with pytest.raises(CheckpointCorruptError, match="it is no checkpoint but a zip without the pickle"):
+            load_file(tmp_path / "a.npz")
+
+    def test_cut_off(self, tmp_path):
+        """
+        One of torch before 1.6 that is cut off is damaged, and so is one whose bytes are all gone.
+        """
+        torch.save({"a": torch.ones(9)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+        os.truncate(tmp_path / "a.pt", 100)
+        (tmp_path / "b.pt").write_bytes(bytes(100))
+
+        for name in ("a.pt", "b.pt"):
+            with pytest.raises(CheckpointCorruptError, match="is damaged"):
+                load_file(tmp_path / name)
+
+    @pytest.mark.parametrize("read", [load_checkpoint, verify_checkpoint])
+    def test_folder_of_checkpoints(self, tmp_path, read):
+        """
+        Of a folder of checkpoints one has to be named, and the newest is told.
+        """
+        trainbus.save({}, tmp_path / "a.pt")
+        trainbus.save({}, tmp_path / "b.pt")
+
+        with pytest.raises(CheckpointCorruptError, match=r"Name one of them, such as the newest, '.*b\.pt'"):
+            read(tmp_path)
 
 
 def rewritten(source: Path, target: Path, *, repeat: str = "", **options: int) -> None:

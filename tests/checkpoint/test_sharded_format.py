@@ -105,6 +105,15 @@ class TestDamage:
         with pytest.raises(CheckpointCorruptError, match=name.replace(".", r"\.")):
             trainbus.verify(folder)
 
+    def test_missing_list(self, folder):
+        """A checkpoint whose list of digests is gone is a damaged one, and no folder of something else."""
+        (folder / DIGESTS).unlink()
+
+        with pytest.raises(
+            CheckpointCorruptError, match=r"is damaged: it is a folder without digests\.xxh128"
+        ):
+            trainbus.verify(folder)
+
     def test_all_damaged_files_are_named(self, folder):
         """Of several damaged files each is named."""
         for name in ("__0_0.distcp", "__1_0.distcp"):
@@ -138,7 +147,9 @@ class TestDamage:
         """A folder of something else is no checkpoint, and says why."""
         (tmp_path / "x").mkdir()
         for call in (trainbus.verify, trainbus.load):
-            with pytest.raises(CheckpointCorruptError, match=r"it is a folder without digests\.xxh128"):
+            with pytest.raises(
+                CheckpointCorruptError, match=r"^Cannot read .*: it is a folder without digests\.xxh128"
+            ):
                 call(tmp_path / "x")
         with pytest.raises(FileNotFoundError):
             trainbus.load(tmp_path / "none")
@@ -149,6 +160,6 @@ class TestDamage:
 
         dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "plain")
 
-        with pytest.raises(CheckpointCorruptError, match=r"without digests\.xxh128"):
+        with pytest.raises(CheckpointCorruptError, match=r"^Cannot read .* without digests\.xxh128"):
             trainbus.load(tmp_path / "plain")
         assert sorted(os.listdir(tmp_path / "plain")) == [".metadata", "__0_0.distcp"]

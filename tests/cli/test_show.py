@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 
+import numpy
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -231,11 +232,27 @@ class TestHostile:
         assert code == 2 and "and 10 are read" in told
 
     @pytest.mark.parametrize(
-        "name, message", [("none.pt", "No such file"), ("text.pt", "is damaged"), ("", "not a regular file")]
+        "name, message",
+        [
+            ("none.pt", "No such file"),
+            ("text.pt", "it is no checkpoint, as"),
+            ("", "not a regular file"),
+            ("x.npz", "it is no checkpoint but a zip without the pickle of torch.save."),
+            ("legacy.pt", "': it has the format of torch before 1.6"),
+        ],
     )
     def test_no_file(self, tmp_path, name, message):
-        """What is no file of torch.save is refused with the reason."""
+        """What is no zip of torch.save is refused with the reason, and not called damaged."""
+        torch.save({"a": 1}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+        numpy.savez(tmp_path / "x.npz", a=numpy.zeros(3))
         (tmp_path / "text.pt").write_text("hello")
         code, _, told = show(tmp_path / name)
 
-        assert code == 2 and message in told
+        assert code == 2 and message in told and "damaged" not in told
+
+    def test_folder_of_checkpoints(self, tmp_path):
+        """Of a folder of checkpoints it names the newest."""
+        trainbus.save({}, tmp_path / "a.pt")
+        code, _, told = show(tmp_path)
+
+        assert code == 2 and f"such as the newest, '{tmp_path}/a.pt'; `trainbus ls {tmp_path}`" in told

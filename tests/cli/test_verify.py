@@ -168,7 +168,9 @@ class TestVerify:
             torch.save(torch.ones(1), path)
         elif kind == "no zip":
             path.write_text("hello")
-        reason = {"missing": "No such file", "plain": "no manifest", "no zip": "does not end as a zip"}[kind]
+        reason = {"missing": "No such file", "plain": "no manifest", "no zip": "it is no checkpoint, as"}[
+            kind
+        ]
 
         code, (line,) = verify(path)
         assert code == 1 and reason in line

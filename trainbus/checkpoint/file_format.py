@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "END_RECORD_BYTES",
+    "WHAT_TO_NAME",
+    "WITHOUT_PICKLE",
     "Ending",
     "ends_in_manifest",
+    "is_legacy",
     "open_regular",
     "parse_manifest",
     "read_ending",
@@ -35,7 +38,18 @@ __all__ = [
 END_RECORD_BYTES = 22
 """Size of a zip's end-of-central-directory record, which the comment follows."""
 
+WHAT_TO_NAME = (
+    "Name a file of trainbus.save or torch.save, or the folder of a sharded checkpoint of trainbus."
+)
+"""What is said where something else was given."""
+
+WITHOUT_PICKLE = "it is no checkpoint but a zip without the pickle of torch.save"
+"""What is said of another zip, such as one of NumPy or Keras."""
+
 _SIGNATURE = b"PK\x05\x06"
+_ZIP_START = b"PK\x03\x04"
+_LEGACY_NUMBER = b"l\xfc\x9cF\xf9 j\xa8P\x19."  # pickled first by torch before 1.6
+_HEAD_BYTES = 32
 _LARGEST_COMMENT = 65_535
 # What torch's zip reader reads at once, and by how much it goes back for the next block.
 _BLOCK_BYTES = 4096
@@ -127,9 +141,11 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     fd = os.open(os.path.expanduser(path), flags)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
         os.close(fd)
-        raise CheckpointCorruptError(path, "it is not a regular file")
+        what = "it is a folder and" if stat.S_ISDIR(mode) else "it is"
+        raise CheckpointCorruptError(path, f"{what} not a regular file", instead=WHAT_TO_NAME)
     return open(fd, "rb")
 
 
@@ -167,7 +183,7 @@ def read_ending(file: BinaryIO, path: str | os.PathLike[str]) -> Ending | None:
     size = os.fstat(file.fileno()).st_size
     comment = _read_comment(file, size)
     if comment is None:
-        raise CheckpointCorruptError(path, "it does not end as a zip file does")
+        raise _without_end(file, path)
     if not comment:
         return None
     head = _HEAD.match(comment)
@@ -177,6 +193,30 @@ def read_ending(file: BinaryIO, path: str | os.PathLike[str]) -> Ending | None:
     if manifest.size != size:
         raise CheckpointCorruptError(path, f"it has {size} bytes and should have {manifest.size}")
     return Ending(manifest, size - len(comment) + head.start("digest"))
+
+
+def is_legacy(file: BinaryIO) -> bool:
+    """Tell whether an open file begins as those of torch before 1.6, which are no zips."""
+    file.seek(0)
+    return _LEGACY_NUMBER in file.read(_HEAD_BYTES)
+
+
+def _without_end(file: BinaryIO, path: str | os.PathLike[str]) -> CheckpointCorruptError:
+    """Tell a checkpoint that lost its end, or all its bytes in a power cut, from what never was one."""
+    if is_legacy(file):
+        return CheckpointCorruptError(
+            path,
+            "it has the format of torch before 1.6 and not that of a zip",
+            instead="trainbus.load reads it, and "
+            f"trainbus.save(trainbus.load({os.fspath(path)!r}), 'new.pt') writes it anew.",
+        )
+    file.seek(0)
+    head = file.read(_HEAD_BYTES).rstrip(b"\0")
+    if not head or head[: len(_ZIP_START)] == _ZIP_START[: len(head)]:
+        return CheckpointCorruptError(path, "it does not end as a zip file does")
+    return CheckpointCorruptError(
+        path, "it is no checkpoint, as trainbus.save and torch.save write zip files", instead=WHAT_TO_NAME
+    )
 
 
 def _read_comment(file: BinaryIO, size: int) -> bytes | None:

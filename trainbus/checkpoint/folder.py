@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,15 @@ from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_format import is_sharded, read_sharded
 from trainbus.errors import CheckpointCorruptError
 
-__all__ = ["CheckpointFile", "CheckpointFolder", "best_of", "is_file", "latest_of", "ranked"]
+__all__ = [
+    "CheckpointFile",
+    "CheckpointFolder",
+    "best_of",
+    "is_file",
+    "latest_of",
+    "ranked",
+    "refuse_folder_of_checkpoints",
+]
 
 _log = logging.getLogger("trainbus")
 _ZIP_START = b"PK\x03\x04"
@@ -141,6 +150,23 @@ def is_file(entry: os.DirEntry[str]) -> bool:
         if entry.is_symlink():
             return False
         raise
+
+
+def refuse_folder_of_checkpoints(path: str | os.PathLike[str]) -> None:
+    """
+    Refuse a folder where one of the checkpoints in it was meant; it is no sharded checkpoint itself.
+
+    Raises:
+        CheckpointCorruptError: There are checkpoints in it.
+    """
+    files = [] if is_sharded(path) else list(CheckpointFolder(path))
+    if files:
+        raise CheckpointCorruptError(
+            path,
+            "it is no checkpoint but a folder of them",
+            instead=f"Name one of them, such as the newest, {files[-1].path!r}; "
+            f"`trainbus ls {shlex.quote(os.fspath(path))}` lists them.",
+        )
 
 
 def _value(file: CheckpointFile, monitor: str) -> float:

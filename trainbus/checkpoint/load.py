@@ -9,7 +9,15 @@ from typing import Any, BinaryIO
 
 import torch
 
-from trainbus.checkpoint.file_format import END_RECORD_BYTES, open_regular, read_ending
+from trainbus.checkpoint.file_format import (
+    END_RECORD_BYTES,
+    WHAT_TO_NAME,
+    WITHOUT_PICKLE,
+    is_legacy,
+    open_regular,
+    read_ending,
+)
+from trainbus.checkpoint.folder import refuse_folder_of_checkpoints
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_format import where_it_stands
 from trainbus.checkpoint.unpickling import MapLocation, raise_if_no_damage, unpickle
@@ -19,7 +27,6 @@ from trainbus.errors import CheckpointCorruptError, UntrustedPickleError
 __all__ = ["load_checkpoint", "load_file"]
 
 _ZIP_START = b"PK\x03\x04"
-_PICKLE_START = b"\x80"  # of files that torch wrote before 1.6
 # The end record of zip64, and the locator that follows it and says where it is.
 _LOCATOR_BYTES = 20
 _ZIP64_BYTES = 56 + _LOCATOR_BYTES
@@ -42,6 +49,7 @@ def load_checkpoint(
     path = where_it_stands(path)
     if not os.path.isdir(path):
         return load_file(path, map_location=map_location, verify=verify, trust_pickle=trust_pickle)
+    refuse_folder_of_checkpoints(path)
     # Here, because it takes a second that only sharded checkpoints are worth.
     from trainbus.checkpoint.sharded_load import load_sharded
 
@@ -95,7 +103,7 @@ def load_file(
                 raise
             if manifest is None and "Unsupported global" in str(error):
                 raise UntrustedPickleError(path, _first_words(error)) from error
-            raise CheckpointCorruptError(path, _why_unreadable(file, error)) from error
+            raise _refusal(file, path, error) from error
     return state, manifest
 
 
@@ -137,13 +145,13 @@ class _Location:
             raise
 
 
-def _why_unreadable(file: BinaryIO, error: Exception) -> str:
-    file.seek(0)
-    if file.read(1) not in (_ZIP_START[:1], _PICKLE_START):
-        return (
-            "it is no checkpoint, as neither trainbus.save nor torch.save writes a file that begins like it"
-        )
-    return f"it cannot be read ({_first_words(error)})"
+def _refusal(file: BinaryIO, path: str | os.PathLike[str], error: Exception) -> CheckpointCorruptError:
+    if not is_legacy(file):
+        try:
+            read_ending(file, path)
+        except CheckpointCorruptError as own:
+            return own
+    return CheckpointCorruptError(path, f"it cannot be read ({_first_words(error)})")
 
 
 def _examine(file: BinaryIO, path: str | os.PathLike[str], *, verify: bool) -> Manifest | None:
@@ -169,6 +177,8 @@ def _check_directory(file: BinaryIO, path: str | os.PathLike[str]) -> None:
     except Exception as error:
         # Hostile directories make zipfile raise half a dozen different things.
         raise CheckpointCorruptError(path, f"its zip directory is broken ({_first_words(error)})") from error
+    if records and not any(record.filename.endswith("/data.pkl") for record in records):
+        raise CheckpointCorruptError(path, WITHOUT_PICKLE, instead=WHAT_TO_NAME)
     file_size = os.fstat(file.fileno()).st_size
     sizes = sum(record.file_size for record in records)
     if (

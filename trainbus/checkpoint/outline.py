@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
-from trainbus.checkpoint.file_format import open_regular
+from trainbus.checkpoint.file_format import WHAT_TO_NAME, WITHOUT_PICKLE, open_regular
 from trainbus.errors import CheckpointCorruptError
 
 __all__ = ["Opaque", "TensorOutline", "read_outline"]
@@ -119,7 +119,7 @@ def _read(file: BinaryIO, path: str | os.PathLike[str]) -> Any:
     records = {record.filename: record for record in archive.infolist()}
     name = next((name for name in records if name.endswith("/data.pkl")), None)
     if name is None:
-        raise CheckpointCorruptError(path, "it is a zip without the pickle of torch.save")
+        raise CheckpointCorruptError(path, WITHOUT_PICKLE, instead=WHAT_TO_NAME)
     if records[name].file_size > _MOST_BYTES:
         raise CheckpointCorruptError(
             path,

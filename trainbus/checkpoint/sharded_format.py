@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import xxhash
 
 from trainbus.checkpoint import file_format
-from trainbus.checkpoint.file_format import open_regular, parse_manifest, seal_alone
+from trainbus.checkpoint.file_format import WHAT_TO_NAME, open_regular, parse_manifest, seal_alone
 from trainbus.checkpoint.manifest import MAX_MANIFEST_BYTES, NO_DIGEST, Manifest
 from trainbus.checkpoint.temporary import REPLACED
 from trainbus.errors import CheckpointCorruptError
@@ -146,7 +146,10 @@ def _read(folder: str, name: str, most: int) -> bytes:
     except FileNotFoundError as error:
         if not os.path.isdir(folder):
             raise
-        raise CheckpointCorruptError(folder, f"it is a folder without {name}") from error
+        # One of ours that lost one of the two has the other; torch.distributed.checkpoint writes neither.
+        known = any(os.path.lexists(os.path.join(folder, one)) for one in (DIGESTS, MANIFEST))
+        instead = None if known else WHAT_TO_NAME
+        raise CheckpointCorruptError(folder, f"it is a folder without {name}", instead=instead) from error
     if len(content) > most:
         raise CheckpointCorruptError(folder, f"its {name} has more than {most} bytes")
     return content

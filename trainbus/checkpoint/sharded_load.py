@@ -146,7 +146,7 @@ def load_into(
         wanted = {key: value for key, value in target.items() if keys is None or key in keys}
         tensors = _targets(path, flatten(wanted).tensors, contents, structure)
     except CheckpointCorruptError as error:
-        problem = "damaged", error.reason
+        problem = "damaged", error.reason, error.instead or ""
     except StateMismatchError as error:
         problem = "mismatch", str(error)
     except Exception as error:
@@ -225,9 +225,9 @@ def _agree(path: str | os.PathLike[str], problem: tuple[str, ...] | None, group:
     for rank, found in enumerate(problems):
         if found is None:
             continue
-        kind, reason = found
+        kind, reason, *more = found
         if kind == "damaged":
-            raise CheckpointCorruptError(path, reason)
+            raise CheckpointCorruptError(path, reason, instead="".join(more) or None)
         raise StateMismatchError(reason) if kind == "mismatch" else RankFailedError(rank, reason)
 
 

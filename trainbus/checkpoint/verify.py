@@ -10,6 +10,7 @@ import xxhash
 
 from trainbus.checkpoint.digest import hash_bytes
 from trainbus.checkpoint.file_format import Ending, open_regular, read_ending
+from trainbus.checkpoint.folder import refuse_folder_of_checkpoints
 from trainbus.checkpoint.manifest import NO_DIGEST, Manifest
 from trainbus.checkpoint.sharded_format import ShardedFiles, read_sharded, where_it_stands
 from trainbus.errors import CheckpointCorruptError
@@ -29,6 +30,7 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     path = where_it_stands(path)
     if not os.path.isdir(path):
         return verify_file(path)
+    refuse_folder_of_checkpoints(path)
     files = read_sharded(path)
     check_shards(path, files, files.digests)
     size = files.described + sum(os.path.getsize(os.path.join(path, name)) for name in files.digests)

@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import typer
 
+from trainbus.checkpoint.folder import refuse_folder_of_checkpoints
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.outline import Opaque, TensorOutline, read_outline
 from trainbus.checkpoint.sharded_format import is_sharded, read_manifest
@@ -55,6 +57,8 @@ def run(file: str, *, as_json: bool) -> None:
         typer.BadParameter: It cannot be read as such a file.
     """
     try:
+        if os.path.isdir(os.path.expanduser(file)):
+            refuse_folder_of_checkpoints(file)
         manifest, state = read_manifest(file), _outline(file)
     except CheckpointCorruptError as error:
         raise typer.BadParameter(str(error)) from error
