@@ -141,6 +141,15 @@ class TestMistakes:
 
         assert code == 2 and "no file here was judged by 'acc'" in said and "--mode must say it" in said
 
+    @pytest.mark.parametrize("mode", ["foo", "MIN", ""])
+    @pytest.mark.parametrize("command", ["ls", "report"])
+    def test_other_mode(self, folder, command, mode):
+        """A mode that is none is refused by itself, whatever the files were judged by."""
+        (folder / "empty").mkdir()
+        for place in (folder, folder / "empty"):
+            done = CliRunner().invoke(app, [command, str(place), "--mode", mode, "--json"])
+            assert done.exit_code == 2 and f"--mode must be min or max, got {mode!r}." in done.stderr
+
 
 class TestCost:
     def test_imports_no_torch(self, folder):

@@ -72,15 +72,17 @@ def judged_by(
         mode: ``"min"`` or ``"max"``; None: as the newest has it.
 
     Raises:
-        typer.BadParameter: No file says which *mode* is meant.
+        typer.BadParameter: *mode* is another word, or no file says which is meant.
     """
+    if mode not in (None, "min", "max"):
+        raise typer.BadParameter(f"--mode must be min or max, got {mode!r}.")
     judged = [file.manifest for file in files if monitor in (None, file.manifest.monitor)]
     latest = next((one for one in reversed(judged) if one.monitor is not None), None)
     monitor = monitor or (latest.monitor if latest is not None else None)
     if monitor is None:
         return None
     mode = mode or (latest.mode if latest is not None else None)
-    if mode not in ("min", "max"):
+    if mode is None:
         raise typer.BadParameter(
             f"no file here was judged by {monitor!r}, so nobody knows whether less or more of it is better, "
             "and --mode must say it: min or max."
