@@ -98,6 +98,17 @@ class TestConsolidate:
         code, text = run("consolidate", source, tmp_path / "out.pt")
         assert code != 0 and os.listdir(tmp_path) == ["run"], text
 
+    def test_names_what_is_wrong(self, tmp_path, path):
+        """Of what is not there, and of the folder around checkpoints, the source is named and no target."""
+        code, text = run("consolidate", tmp_path / "x.pt", tmp_path / "out.pt")
+        said = " ".join(text.replace("│", "").split())
+        assert code == 2 and said.endswith(f"'{tmp_path}/x.pt' does not exist.")
+
+        code, text = run("consolidate", tmp_path / "run", tmp_path / "out.pt")
+        said = " ".join(text.replace("│", "").split())
+        assert code == 2 and f"Name one of them, such as the newest, '{path}'" in said
+        assert os.listdir(tmp_path) == ["run"]
+
     def test_full_disk(self, tmp_path, path):
         """A disk that is full leaves what was there and nothing else."""
         (tmp_path / "out.pt").write_text("dear")

@@ -110,7 +110,8 @@ class TestMistakes:
         "state, message",
         [
             ({"w": torch.ones(1), "n": 3}, "holds int 'n'"),
-            ([torch.ones(1)], "holds list 'and no dict'"),
+            ([torch.ones(1)], "holds no dict but list, and safetensors"),
+            (torch.ones(1), "holds no dict but Tensor, and safetensors"),
             ({"s": torch.ones(1).to_sparse()}, "holds Tensor 's'"),
         ],
     )

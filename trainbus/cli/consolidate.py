@@ -15,6 +15,8 @@ import typer
 
 from trainbus.checkpoint.commit import commit
 from trainbus.checkpoint.disk import disk_in_use
+from trainbus.checkpoint.folder import refuse_folder_of_checkpoints
+from trainbus.checkpoint.sharded_format import where_it_stands
 from trainbus.checkpoint.sharded_load import ALIGNMENT, load_sharded, size_of
 from trainbus.checkpoint.temporary import create_temporary
 from trainbus.errors import TrainbusError
@@ -43,13 +45,17 @@ def run(folder: str, target: str, *, force: bool, as_json: bool) -> None:
     if os.path.isdir(target) or (os.path.lexists(target) and not force):
         more = "" if os.path.isdir(target) else " Give --force to replace it."
         raise typer.BadParameter(f"{target!r} is there already.{more}")
-    if os.path.isfile(folder):
+    place = where_it_stands(folder)
+    if not os.path.lexists(place):
+        raise typer.BadParameter(f"{folder!r} does not exist.")
+    if os.path.isfile(place):
         raise typer.BadParameter(
             f"{folder!r} is a file already; `consolidate` takes a sharded checkpoint's folder."
         )
     try:
-        with _memory_on_disk(target, size_of(folder)) as allocate:
-            state, manifest = load_sharded(folder, map_location=None, allocate=allocate)
+        refuse_folder_of_checkpoints(place)
+        with _memory_on_disk(target, size_of(place)) as allocate:
+            state, manifest = load_sharded(place, map_location=None, allocate=allocate)
             final = commit(target, manifest, functools.partial(torch.save, state))
     except TrainbusError as error:
         raise typer.BadParameter(str(error)) from error
@@ -58,7 +64,7 @@ def run(folder: str, target: str, *, force: bool, as_json: bool) -> None:
         sys.exit(
             f"trainbus: cannot write {target!r}: {name}: {error.strerror}. What was there before still is."
         )
-    files = sum(name.endswith(".distcp") for name in os.listdir(os.path.expanduser(folder)))
+    files = sum(name.endswith(".distcp") for name in os.listdir(place))
     if as_json:
         print(json.dumps({"path": target, "size": final.size, "digest": final.digest, "files": files}))
         return

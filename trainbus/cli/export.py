@@ -76,9 +76,10 @@ def _weights(state: Any, manifest: Manifest | None) -> Any:
 def _named(weights: Any, place: str, file: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Give the tensors below *place* with their names; refuse anything else."""
     if not isinstance(weights, Mapping):
+        kind = type(weights).__name__
         raise typer.BadParameter(
-            f"{file!r} holds {type(weights).__name__} {place or 'and no dict'!r}, and safetensors are named "
-            "tensors only. Export a file of weights or a full checkpoint."
+            f"{file!r} holds {f'{kind} {place!r}' if place else f'no dict but {kind}'}, and safetensors are "
+            "named tensors only. Export a file of weights or a full checkpoint."
         )
     for name, value in weights.items():
         whole = f"{place}.{name}" if place else str(name)
