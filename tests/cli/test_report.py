@@ -385,8 +385,9 @@ class TestPage:
         assert report(folder, "-o", tmp_path / "r.html")[0] == 0
 
     def test_empty_folder(self, folder, tmp_path):
-        """A folder without a checkpoint gives a page that says so."""
-        assert report(folder, "-o", tmp_path / "r.html")[0] == 0
+        """A folder without a checkpoint gives a page that says so, and the terminal says it too."""
+        code, _, told = report(folder, "-o", tmp_path / "r.html")
+        assert code == 0 and told == f"No checkpoints of a training in {folder}."
         assert "There is no checkpoint of a training in this folder." in (tmp_path / "r.html").read_text()
 
     def test_many(self, folder):
@@ -413,6 +414,16 @@ class TestOutput:
         assert report(folder, "-o", target)[0] == 0
 
         assert "m_1.pt" in target.read_text()
+
+    def test_stdout(self, folder, monkeypatch):
+        """With - the page, and nothing else, is on the standard output, and no file is written."""
+        monkeypatch.chdir(folder)
+        train(folder, 1)
+        before = sorted(os.listdir())
+        code, said, told = report(folder, "-o", "-")
+
+        assert (code, told) == (0, "") and sorted(os.listdir()) == before
+        assert said.startswith("<!") and said.rstrip().endswith("</html>") and "m_1.pt" in said
 
     def test_something_else(self, folder, tmp_path):
         """Anything else stays, unless --force is given."""
@@ -455,6 +466,16 @@ class TestMistakes:
         code, _, told = report(folder, "--history", folder / "x.jsonl", "--json")
         assert code == 2 and "cannot be read: No such file" in told
         assert report(folder, "--json")[0] == 0
+
+    @pytest.mark.parametrize("lines", [1, 20])
+    def test_no_history_at_all(self, folder, tmp_path, lines):
+        """How much of a history cannot be read is told on the terminal, and not on the page alone."""
+        train(folder, 1)
+        (tmp_path / "text").write_text("hello\n" * lines)
+        code, _, told = report(folder, "--history", tmp_path / "text", "-o", tmp_path / "r.html")
+
+        assert code == 0 and told.startswith(f"{lines} line")
+        assert f"of the history {tmp_path}/text cannot be read" in told
 
     def test_no_plotly(self, folder, tmp_path):
         """Without plotly the extra is named, and --json works all the same; torch is not imported."""

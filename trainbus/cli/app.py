@@ -145,7 +145,7 @@ def bench(
 @app.command()
 def report(
     folder: Annotated[str, typer.Argument(help="The folder of checkpoints.")] = ".",
-    output: Annotated[str, typer.Option("-o", "--output", help="The page.")] = "report.html",
+    output: Annotated[str, typer.Option("-o", "--output", help="The page; - for stdout.")] = "report.html",
     history: Annotated[
         str | None, typer.Option(help="What History wrote. Default: history.jsonl in the folder.")
     ] = None,

@@ -9,7 +9,9 @@ import sys
 import typer
 
 from trainbus.cli.report.gather import gather
+from trainbus.cli.report.run_data import RunData
 from trainbus.cli.report.words import counted
+from trainbus.cli.text import printable
 from trainbus.cli.whole_file import write_whole
 from trainbus.errors import MissingExtraError
 from trainbus_callbacks.history_file import RunHistory, read_history
@@ -38,7 +40,7 @@ def run(
 
     Args:
         folder: Of checkpoints.
-        output: The page; an earlier report is replaced.
+        output: The page; an earlier report is replaced. ``"-"``: the standard output.
         history: What `History` wrote; None: ``history.jsonl`` in *folder*, if it is there.
         monitor: The metric by which one is the best; None: the one that the newest was judged by.
         mode: ``"min"`` or ``"max"``; None: as the newest has it.
@@ -58,8 +60,10 @@ def run(
     if as_json:
         print(json.dumps(data.as_json(), allow_nan=False))
         return
+    to_stdout = output == "-"
     target = os.path.expanduser(output)
-    _refuse_to_replace(target, output, force)
+    if not to_stdout:
+        _refuse_to_replace(target, output, force)
     try:
         from trainbus.cli.report.page import render
     except ModuleNotFoundError as error:
@@ -68,6 +72,11 @@ def run(
         raise MissingExtraError(f'report needs {error.name}: pip install "trainbus[report]"') from error
     page = render(data).encode()
     assert _SIGN in page[:_HEAD_BYTES]
+    _tell_what_is_missing(data, folder, recorded, path)
+    if to_stdout:
+        sys.stdout.buffer.write(page)
+        sys.stdout.flush()
+        return
     try:
         write_whole(target, page)
     except OSError as error:
@@ -86,6 +95,14 @@ def _read(history: str | None, folder: str) -> tuple[RunHistory | None, str]:
         raise typer.BadParameter(
             f"the history {path!r} cannot be read: {error.strerror}. Give --history what History writes."
         ) from error
+
+
+def _tell_what_is_missing(data: RunData, folder: str, history: RunHistory | None, path: str) -> None:
+    if not data.checkpoints:
+        print(f"No checkpoints of a training in {printable(folder)}.", file=sys.stderr)
+    if history is not None and history.unreadable:
+        lines = f"{counted(history.unreadable, 'line')} of the history {printable(path)}"
+        print(f"{lines} cannot be read as what History writes.", file=sys.stderr)
 
 
 def _refuse_to_replace(target: str, output: str, force: bool) -> None:
