@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -45,6 +48,41 @@ class TestBench:
 
         assert bench(folder).exit_code == 0
         assert os.listdir(folder) == []
+
+    def test_progress(self, tmp_path):
+        """It says on stderr how long it takes at least, each turn, and that a folder was not there."""
+        lines = bench(tmp_path / "new").stderr.splitlines()
+
+        assert lines == [
+            f"The folder {tmp_path}/new is not there, and is made.",
+            "3 turns of 120 steps: this takes more than 0 s.",
+            "turn 1 of 3: torch.save",
+            'turn 2 of 3: trainbus, snapshot="auto"',
+            'turn 3 of 3: trainbus, snapshot="overlap"',
+        ]
+
+    def test_sigterm(self, tmp_path):
+        """SIGTERM ends it as Ctrl-C does, and leaves nothing either."""
+        command = [sys.executable, "-m", "trainbus", "bench", tmp_path, "--size", "1"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            while not process.stderr.readline().startswith("turn 1"):
+                assert process.poll() is None
+            assert len(os.listdir(tmp_path)) == 1
+            process.terminate()
+            _, told = process.communicate(timeout=60)
+
+        assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in told
+        assert os.listdir(tmp_path) == []
+
+    def test_more_tensors_than_numbers(self, tmp_path):
+        """More tensors than there are numbers to be in them are refused, before a folder is made."""
+        done = bench(tmp_path / "new", "--tensors", 262_145)
+
+        assert done.exit_code == 2
+        said = " ".join(done.stderr.replace("│", "").split())
+        assert "--size 1 is 262,144 numbers, too few for --tensors 262145" in said
+        assert os.listdir(tmp_path) == []
 
     @pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
     def test_no_such_device(self, tmp_path, device):

@@ -6,7 +6,9 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from trainbus.cli.text import printable
 from trainbus.handler import Handler
 
 __all__ = ["Cost", "Load", "chosen_device", "run", "verdict"]
@@ -25,6 +28,8 @@ MIB = 1 << 20
 STEPS_BETWEEN = 30  # from one save to the next
 STEPS_PAYING = 15  # of them: by then its file is written, and the others tell what a step takes without
 SAVES = 3  # a turn; the first, which touches fresh memory, is not counted
+STEPS_OF_A_TURN = (1 + SAVES) * STEPS_BETWEEN
+FLOAT_BYTES = 4
 WORTH_SAYING = 0.05  # of a training's time
 
 
@@ -92,10 +97,21 @@ def run(folder: str | None, load: Load, rounds: int, every: int, *, as_json: boo
         rounds: How often each kind of save is measured, in turn.
         every: Batches between two saves in the training that the verdict speaks of.
         as_json: One JSON object instead of words.
+
+    Raises:
+        typer.BadParameter: There are more tensors than numbers to be in them.
     """
+    numbers = load.mebibytes * MIB // FLOAT_BYTES
+    if load.tensors > numbers:
+        raise typer.BadParameter(
+            f"--size {load.mebibytes} is {numbers:,} numbers, too few for --tensors {load.tensors}. Models "
+            "have some hundreds of tensors, large ones thousands."
+        )
     place = os.path.expanduser(folder or os.curdir)
+    if not os.path.lexists(place):
+        _tell(f"The folder {printable(place)} is not there, and is made.")
     os.makedirs(place, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".trainbus-bench-", dir=place) as scratch:
+    with _leaving_on_sigterm(), tempfile.TemporaryDirectory(prefix=".trainbus-bench-", dir=place) as scratch:
         costs, step = measure(scratch, load, rounds)
     if as_json:
         print(json.dumps({"load": asdict(load), "step": step, "costs": [asdict(cost) for cost in costs]}))
@@ -119,18 +135,22 @@ def measure(folder: str, load: Load, rounds: int) -> tuple[list[Cost], float]:
         (Cost('trainbus, snapshot="overlap"'), "overlap", Handler.save_async),
     ]
     steps: list[float] = []
+    turns = rounds * len(kinds)
+    seconds = turns * STEPS_OF_A_TURN * load.step_seconds
+    _tell(f"{turns} turns of {STEPS_OF_A_TURN} steps: this takes more than {seconds:.0f} s.")
     for _ in range(rounds):
         for cost, snapshot, save in kinds:
             with _removed_afterwards(folder):
+                _tell(f"turn {len(steps) + 1} of {turns}: {cost.name}")
                 steps.append(_measure_turn(folder, load, snapshot, save, cost))
     return [cost for cost, _, _ in kinds], statistics.median(steps)
 
 
 def _measure_turn(folder: str, load: Load, snapshot: str, save: Save, cost: Cost) -> float:
     """Add the costs of all saves but the first; return the seconds of a step without any."""
-    total = (1 + SAVES) * STEPS_BETWEEN
+    total = STEPS_OF_A_TURN
     module = torch.nn.ParameterList(
-        [torch.zeros(load.mebibytes * MIB // 4 // load.tensors) for _ in range(load.tensors)]
+        [torch.zeros(load.mebibytes * MIB // FLOAT_BYTES // load.tensors) for _ in range(load.tensors)]
     ).to(load.device)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
     for parameter in module.parameters():
@@ -167,6 +187,21 @@ def _save_plainly(handler: Handler, path: str) -> None:
 def _wait_for(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _tell(line: str) -> None:
+    """Say how far it is, also where nobody has a terminal; the results alone go to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what is inside as Ctrl-C does, so that its files are removed."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
