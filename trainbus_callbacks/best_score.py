@@ -240,12 +240,18 @@ class ScoreLedger:
         elif proposal not in self._failed:
             self._failed.append(proposal)
 
-    def overtake(self, standing: Standing) -> bool:
-        """Continue from *standing* if its best is the better one, and tell whether it is."""
+    def overtake(self, standing: Standing, *, threshold_passed: bool) -> bool:
+        """
+        Continue from *standing* if its best is the better one, and tell whether it is.
+
+        Args:
+            standing: What may be better.
+            threshold_passed: Whether its files were let through by this threshold; else its best is judged.
+        """
         score = standing.best_score
         if score is None or not self._is_better(score, self.durable.best_score):
             return False
-        self.restore(standing, threshold_passed=True)
+        self.restore(standing, threshold_passed=threshold_passed or self.gate(score))
         return True
 
     def restore(self, standing: Standing, *, threshold_passed: bool) -> None:

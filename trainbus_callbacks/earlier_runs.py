@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import replace
 
-from trainbus.checkpoint.folder import CheckpointFolder
+from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.retention import KeepBest
 from trainbus.checkpoint.sharded_format import read_manifest
@@ -66,7 +66,14 @@ def reconcile(standing: Standing, monitor: str | None, template: NameTemplate) -
 
 
 def best_there(
-    template: NameTemplate, stream: str, runs: Collection[str], monitor: str, mode: Mode, *, until: int
+    template: NameTemplate,
+    stream: str,
+    runs: Collection[str],
+    monitor: str,
+    mode: Mode,
+    *,
+    until: int,
+    others: Collection[str] | None = None,
 ) -> Standing:
     """
     Return the best that *runs* have saved, by the files that are there. Reads the folder.
@@ -81,14 +88,22 @@ def best_there(
         monitor: The metric that they were judged by.
         mode: In which direction.
         until: Training batches completed by the moment that was gone back to.
+        others: Streams of the run's other callbacks. If given, files of all but these count that are named
+            by *template*: with other arguments the callback was another stream. None: *stream* alone.
 
     Raises:
         OSError: The folder cannot be read.
     """
+
+    def is_mine(file: CheckpointFile) -> bool:
+        if others is None or file.manifest.stream == stream:
+            return file.manifest.stream == stream
+        return file.manifest.stream not in others and template.matches(os.path.basename(file.path))
+
     files = [
         file
         for file in CheckpointFolder(template.folder)
-        if file.manifest.stream == stream
+        if is_mine(file)
         and file.manifest.run_id in runs
         and (file.manifest.monitor, file.manifest.mode) == (monitor, mode)
         and file.manifest.global_step <= until

@@ -115,6 +115,7 @@ class ModelCheckpoint(SavingCallback):
         self._due = False  # a save fell into gradient accumulation and waits for its end
         self._was_due = False  # ever, in this process
         self._was_loaded = False  # and no training has begun since
+        self._has_begun = False  # training, in this process
         self._saw_epoch_end = False
         self._prepared = False
         self._batches_hold_metric: bool | None = None  # None: no batch was seen yet
@@ -161,7 +162,7 @@ class ModelCheckpoint(SavingCallback):
         """
         Refuse a name that another callback saves under, and warn of another run's files.
 
-        After a resume, look for a better file than the loaded state knows of.
+        After a resume, look for a better file than the loaded state knows of, or any if none was loaded.
         """
         if _takes_part(handler):
             self._last_due = time.monotonic()
@@ -302,10 +303,19 @@ class ModelCheckpoint(SavingCallback):
             self._save(handler, choice.path, choice, moment)
 
     def _look_for_better(self, handler: Any) -> None:
-        """Count a better file than the loaded state knows of. Reads the folder."""
+        """
+        Count a better file than the loaded state knows of. Reads the folder.
+
+        A callback whose arguments were changed before the resume has no state, and its files are those of
+        another stream: they are found by their names.
+        """
         was_loaded, self._was_loaded = self._was_loaded, False
-        if not was_loaded or self.monitor is None or handler.rank != 0:
+        is_new, self._has_begun = not self._has_begun, True
+        if not was_loaded and not (handler.resumed and is_new):
             return
+        if self.monitor is None or handler.rank != 0:
+            return
+        others = [key for key, one in handler.callbacks.items() if one is not self]
         try:
             found = best_there(
                 self._template,
@@ -314,11 +324,12 @@ class ModelCheckpoint(SavingCallback):
                 self.monitor,
                 self.mode,
                 until=handler.global_step,
+                others=None if was_loaded else others,
             )
         except OSError as error:
             self._advice.of_unread_folder(error)
             return
-        if self._ledger.overtake(found):
+        if self._ledger.overtake(found, threshold_passed=was_loaded):
             self._advice.of_best_there(found)
 
     def _reserve(self, handler: Any) -> None:

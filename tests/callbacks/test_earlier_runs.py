@@ -13,11 +13,11 @@ import zipfile
 import pytest
 from torch import nn
 
-from trainbus import Handler
+from trainbus import Handler, read_manifest
 from trainbus.checkpoint.commit import commit
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.testing import FakeHandler, emit_run
-from trainbus_callbacks import ModelCheckpoint
+from trainbus_callbacks import Every, ModelCheckpoint
 
 
 @pytest.fixture(autouse=True)
@@ -276,6 +276,90 @@ class TestBestThere:
             write(f"{number}.pt", score=score, sequence=number, **given)
 
         assert self.resume(checkpoint, 0.5)[1] == "./2.pt"
+
+
+class TestOtherArguments:
+    """A callback whose arguments were changed before a resume has no state: its files tell what is best."""
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"save_freq": Every(epochs=1) | Every(minutes=60)},
+            {"save_weights_only": True},
+            {"initial_value_threshold": 0.7},
+            {"name": "the best"},
+        ],
+    )
+    def test_worse_epoch_overwrites_no_better_file(self, changed):
+        """Whichever argument is new in a real run: a worse epoch is not saved, a better one is."""
+        losses = [0.5, 0.4, 0.6, 0.3]
+        for epochs, options in ((2, {}), (3, changed)):
+            with Handler(nn.Linear(1, 1)) as handler:
+                best = handler.add_callback(best_only(**options))
+                handler.add_callback(ModelCheckpoint("runs/last.pt"))
+                handler.resume("runs")
+                for epoch in handler.epochs(epochs):
+                    handler.log(val_loss=losses[epoch])
+
+        assert (best.best_score, best.best_path) == (0.4, "runs/best.pt")
+        assert read_manifest("runs/best.pt").score == 0.4
+
+    def found(self, checkpoint, *, lineage=("before",), others=(), step=1):
+        """Begin to train after a resume without a state; return the best then."""
+        handler = FakeHandler(resumed=True)
+        handler.lineage, handler.global_step = lineage, step
+        for one in (checkpoint, *others):
+            handler.add_callback(one)
+        handler.bus.emit("train_begin", resumed=True)
+        return checkpoint.best_score
+
+    def write(self, path="runs/3.pt", **manifest):
+        write(path, **{"run_id": "before", "monitor": "val_loss", "mode": "min", "score": 0.4} | manifest)
+
+    @pytest.mark.parametrize("stream", ["", "as it was called before"])
+    def test_any_stream(self, stream):
+        """A file that is named as the callback names its own counts, whoever saved it."""
+        self.write(stream=stream)
+
+        assert self.found(best_only("runs/{epoch}.pt")) == 0.4
+
+    @pytest.mark.parametrize(
+        "manifest",
+        [
+            {"run_id": "other"},
+            {"monitor": "loss"},
+            {"mode": "max"},
+            {"global_step": 2},
+            {"path": "runs/best3.pt"},
+            {"path": "3.pt"},
+        ],
+    )
+    def test_files_of_others(self, manifest):
+        """Files of other runs, names and folders, judged otherwise or abandoned, do not count."""
+        self.write(**manifest)
+
+        assert self.found(best_only("runs/{epoch}.pt")) is None
+
+    def test_stream_of_another_callback(self):
+        """Nor do those of a callback that this run still has, however alike the names are."""
+        other = ModelCheckpoint("runs/{global_step}.pt", monitor="val_loss")
+        self.write(stream=other.state_key)
+
+        assert self.found(best_only("runs/{epoch}.pt"), others=[other]) is None
+
+    def test_not_resumed(self):
+        """A run that continues none has no best."""
+        self.write()
+
+        assert saves(best_only("runs/{epoch}.pt"), 0.5, handler=FakeHandler(run_id="before")) == [0.5]
+
+    def test_threshold(self):
+        """A threshold that the best file does not pass holds back what comes until something does."""
+        self.write()
+        checkpoint = best_only("runs/{epoch}.pt", initial_value_threshold=0.2)
+        self.found(checkpoint)
+
+        assert saves(checkpoint, 0.3, 0.1) == [0.1]
 
 
 class TestOtherRuns:
