@@ -188,7 +188,7 @@ class ModelCheckpoint(SavingCallback):
         self._ask_trigger(moment)
         if self._due and not handler.accumulating:
             self._due = False
-            expects = self.save_best_only and not self._trigger.at_epoch_ends
+            expects = self._needs_scores_to is not None and not self._trigger.at_epoch_ends
             self._consider(handler, moment, expects_metric=expects)
 
     def on_epoch_end(
@@ -199,7 +199,7 @@ class ModelCheckpoint(SavingCallback):
             return
         self._saw_epoch_end = True
         if self._trigger.within_epochs:
-            self._check_metric_is_there_in_time(logs)
+            self._check_batches_hold_metric(logs)
             self._ledger.gate(as_float(logs.get(self.monitor)) if self.monitor is not None else None)
         waited = self._due
         moment = Moment(True, epoch, batch, global_step, self._seconds(), logs)
@@ -267,6 +267,15 @@ class ModelCheckpoint(SavingCallback):
         self._was_loaded = True
 
     # -- inside
+
+    @property
+    def _needs_scores_to(self) -> str | None:
+        """What it could never do without the metric; None: it does all the same."""
+        if self.save_best_only:
+            return "save"
+        if self.keep is not None and self.keep.needs_scores:
+            return f"tell which files keep={self.keep!r} means"
+        return None
 
     @property
     def _judged_by(self) -> str | None:
@@ -360,22 +369,22 @@ class ModelCheckpoint(SavingCallback):
             step, epoch = f"step {moment.global_step}", f"epoch {moment.epoch + 1}"
             self._advice.of_best(step if self._trigger.within_epochs else epoch, before, best)
 
-    def _check_metric_is_there_in_time(self, logs: Mapping[str, Any]) -> None:
-        if self._trigger.at_epoch_ends or not self.save_best_only:
+    def _check_batches_hold_metric(self, logs: Mapping[str, Any]) -> None:
+        """Refuse or tell at an epoch's end that nothing is ever judged, because batches lack the metric."""
+        if self._trigger.at_epoch_ends or self.monitor is None:
             return
+        if self._needs_scores_to is None and self.initial_value_threshold is not None:
+            return  # the metric is there to be waited for, and epochs' ends do
 
         def check() -> None:
-            self._check_batches_hold_metric(logs)
+            if self._batches_hold_metric is not False:
+                return
+            if self.monitor in logs:
+                self._advice.of_metric_of_epochs(self._needs_scores_to)
+            elif self._needs_scores_to is None:
+                self._advice.of_metric(None, logs, {}, saves=True, expected=True)
 
         ranks.decide(check, "ModelCheckpoint's check of its metric")  # a rank may have logged it, another not
-
-    def _check_batches_hold_metric(self, logs: Mapping[str, Any]) -> None:
-        if self._batches_hold_metric is False and self.monitor in logs:
-            raise ValueError(
-                f"{self.state_key} can never save: it decides at the end of batches, and "
-                f'{self.monitor!r} is among the logs of epochs only. Use save_freq="epoch", or log it in '
-                "each batch."
-            )
 
 
 def _takes_part(handler: Any) -> bool:

@@ -74,6 +74,29 @@ class SavingAdvice:
                 f"{'It saves all the same.' if saves else 'It saves nothing until the metric is there.'}"
             )
 
+    def of_metric_of_epochs(self, needed_to: str | None) -> None:
+        """
+        Tell that saves fall at the end of batches, and the metric is there at the end of epochs alone.
+
+        Args:
+            needed_to: What can never be done without it; None: there are saves all the same.
+
+        Raises:
+            ValueError: If it is needed.
+        """
+        if needed_to is not None:
+            raise ValueError(
+                f"{self._owner()} can never {needed_to}: it decides at the end of batches, and "
+                f'{self._monitor!r} is among the logs of epochs only. Use save_freq="epoch", or log it in '
+                "each batch."
+            )
+        if self._is_new(f"metric {self._monitor} of epochs"):
+            _warn(
+                f"{self._owner()} never learns which file is best: it decides at the end of batches, and "
+                f"{self._monitor!r} is among the logs of epochs only. It saves all the same. Use "
+                'save_freq="epoch", or log it in each batch.'
+            )
+
     def of_best(self, where: str, before: float | None, best: float) -> None:
         """Tell of a new best, each time."""
         if before is None:

@@ -17,7 +17,7 @@ from trainbus.bus import EventBus
 from trainbus.callback import Callback
 from trainbus.errors import PayloadError
 from trainbus.testing import FakeHandler, emit_run
-from trainbus_callbacks import Every, ModelCheckpoint
+from trainbus_callbacks import Every, KeepBest, KeepLast, ModelCheckpoint
 
 DISK_FULL = OSError(28, "No space left on device")
 
@@ -556,9 +556,46 @@ class TestSaveFreq:
 
     def test_metric_of_epochs_is_not_expected(self):
         """
-        Without save_best_only, batches whose logs lack the metric are saved without a word.
+        Where epochs' ends are judged too, batches whose logs lack the metric are saved without a word.
         """
-        assert steps(train(ModelCheckpoint("m.pt", "val_loss", save_freq=2), [0.5, 0.4])) == [2, 4]
+        checkpoint = ModelCheckpoint("m.pt", "val_loss", save_freq=Every(steps=2) | Every(epochs=1))
+
+        assert steps(train(checkpoint, [0.5, 0.4])) == [2, 2, 4, 4]
+
+    def test_files_that_are_never_judged(self):
+        """
+        Without save_best_only, files are saved all the same; that none is judged is said once.
+        """
+        with pytest.warns(
+            RuntimeWarning,
+            match=r"never learns which file is best: .*'val_loss' is among the logs of epoch",
+        ) as caught:
+            handler = train(ModelCheckpoint("m.pt", "val_loss", save_freq=2), [0.5, 0.4])
+
+        assert (steps(handler), len(caught)) == ([2, 4], 1)
+
+    def test_files_judged_by_what_nobody_has(self):
+        """
+        So is a metric that is nowhere, with those there are.
+        """
+        with pytest.warns(
+            RuntimeWarning, match=r"cannot judge by 'val_los'.*Available: val_loss. It saves all the same"
+        ) as caught:
+            handler = train(ModelCheckpoint("m.pt", "val_los", save_freq=2, mode="min"), [0.5, 0.4])
+
+        assert (steps(handler), len(caught)) == ([2, 4], 1)
+
+    @pytest.mark.parametrize("keep", [KeepBest(1), KeepLast(3) | KeepBest(2)])
+    def test_best_of_what_is_never_judged(self, keep):
+        """
+        To keep the best of files of which none is judged is refused at the first epoch's end.
+        """
+        checkpoint = ModelCheckpoint("m{global_step}.pt", "val_loss", save_freq=3, keep=keep)
+
+        with pytest.raises(
+            ValueError, match=r"can never tell which files keep=.*KeepBest.* epochs only. Use save_freq="
+        ):
+            train(checkpoint, [0.5, 0.4])
 
     def test_metric_that_only_epochs_have(self):
         """
