@@ -164,9 +164,10 @@ class Proposal:
 
     Attributes:
         path: Its file.
-        score: Its score if that is the best so far, else None.
+        score: The monitored metric, if there is one.
         epoch: 0-based.
         global_step: Training batches completed.
+        number: Counts the proposals of its ledger.
         save: What identifies it in `ScoreLedger.settle`; given once the save was accepted.
     """
 
@@ -174,6 +175,7 @@ class Proposal:
     score: float | None
     epoch: int
     global_step: int
+    number: int
     save: Any = None
 
 
@@ -195,6 +197,8 @@ class ScoreLedger:
         self.durable = Standing()
         self.threshold_passed = threshold is None
         self._threshold = threshold
+        self._count = 0  # of proposals
+        self._newest_durable = 0  # its number
         self._pending: list[Proposal] = []
         self._failed: list[Proposal] = []  # since the last durable one; a write that hung may come after all
 
@@ -214,8 +218,13 @@ class ScoreLedger:
         return self._is_better(score, self.expected.best_score)
 
     def propose(self, path: str, score: float | None, *, epoch: int, global_step: int) -> Proposal:
-        """Hold a save as pending. *score* is None if it is not the best."""
-        proposal = Proposal(path, score, epoch, global_step)
+        """
+        Hold a save as pending.
+
+        Whether it is the best shows when it is durable: a better one that is pending now may fail.
+        """
+        self._count += 1
+        proposal = Proposal(path, score, epoch, global_step, self._count)
         self._pending.append(proposal)
         return proposal
 
@@ -236,6 +245,7 @@ class ScoreLedger:
             self._pending.remove(proposal)
         if durable:
             self.durable = self._after(self.durable, proposal)
+            self._newest_durable = max(self._newest_durable, proposal.number)
             self._failed.clear()
         elif proposal not in self._failed:
             self._failed.append(proposal)
@@ -272,8 +282,8 @@ class ScoreLedger:
         saved = replace(standing, last_epoch_saved=proposal.epoch, last_step_saved=proposal.global_step)
         if proposal.score is not None and self._is_better(proposal.score, standing.best_score):
             return replace(saved, best_score=proposal.score, best_path=proposal.path)
-        # One with a score was asked for before the better one that stands here, so it lies below it.
-        if proposal.score is None and proposal.path == standing.best_path:
+        # Reports may come in another order, and an older file lies below the one that stands here.
+        if proposal.path == standing.best_path and proposal.number > self._newest_durable:
             return replace(saved, best_path=None)
         return saved
 

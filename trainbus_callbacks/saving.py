@@ -347,9 +347,10 @@ class ModelCheckpoint(SavingCallback):
 
     def _save(self, handler: Any, path: str, choice: Choice, moment: Moment) -> None:
         before = self._ledger.expected.best_score
-        best = choice.score if choice.is_best else None
         # Proposed first: the state that goes into the file already counts the file.
-        proposal = self._ledger.propose(path, best, epoch=moment.epoch, global_step=moment.global_step)
+        proposal = self._ledger.propose(
+            path, choice.score, epoch=moment.epoch, global_step=moment.global_step
+        )
         try:
             proposal.save = handler.save_async(
                 path,
@@ -365,9 +366,9 @@ class ModelCheckpoint(SavingCallback):
         except BaseException:
             self._ledger.withdraw(proposal)
             raise
-        if best is not None and handler.rank == 0:
+        if choice.is_best and choice.score is not None and handler.rank == 0:
             step, epoch = f"step {moment.global_step}", f"epoch {moment.epoch + 1}"
-            self._advice.of_best(step if self._trigger.within_epochs else epoch, before, best)
+            self._advice.of_best(step if self._trigger.within_epochs else epoch, before, choice.score)
 
     def _check_batches_hold_metric(self, logs: Mapping[str, Any]) -> None:
         """Refuse or tell at an epoch's end that nothing is ever judged, because batches lack the metric."""

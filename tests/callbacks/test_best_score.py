@@ -81,10 +81,8 @@ class TestResolveMode:
 
 
 def save(ledger, score, path="best.pt", *, epoch=0, global_step=1):
-    """Propose what a save-best-only callback would, as it would."""
-    proposal = ledger.propose(
-        path, score if ledger.improves(score) else None, epoch=epoch, global_step=global_step
-    )
+    """Propose a save with a score, as a callback would."""
+    proposal = ledger.propose(path, score, epoch=epoch, global_step=global_step)
     proposal.save = object()
     return proposal.save
 
@@ -203,6 +201,36 @@ class TestSettle:
 
         assert (ledger.durable.best_score, ledger.durable.best_path) == (0.5, None)
 
+    @pytest.mark.parametrize("first_settled", [0, 1])
+    def test_better_one_fails(self, first_settled):
+        """
+        A save asked for while a better one was pending is the best once that one has failed.
+        """
+        ledger = ScoreLedger("min")
+        ledger.settle(save(ledger, 0.6, "1.pt"), durable=True)
+        better, worse = save(ledger, 0.3, "2.pt"), save(ledger, 0.4, "3.pt")
+        settle = [(better, False), (worse, True)]
+
+        for one, durable in (settle[first_settled], settle[1 - first_settled]):
+            ledger.settle(one, durable=durable)
+
+        assert (ledger.durable.best_score, ledger.durable.best_path) == (0.4, "3.pt")
+        assert not ledger.improves(0.5)
+
+    def test_overwritten_while_pending(self):
+        """
+        A save asked for behind a better one of the same name takes its place.
+        """
+        ledger = ScoreLedger("min")
+        both = save(ledger, 0.5, "last.pt"), save(ledger, 0.7, "last.pt")
+        expected = ledger.expected
+
+        for one in both:
+            ledger.settle(one, durable=True)
+
+        assert expected == ledger.durable
+        assert (ledger.durable.best_score, ledger.durable.best_path) == (0.5, None)
+
     def test_expected(self):
         """
         The expected standing is that with every pending save durable.
@@ -219,18 +247,15 @@ class TestSettle:
     )
     def test_best_of_the_durable(self, saves, mode):
         """
-        Whatever fails: in the end the best is that of the proposed scores whose files are durable.
+        Whatever fails: in the end the best is that of the finite scores whose files are durable.
         """
         ledger = ScoreLedger(mode)
-        proposed = []
-        for score, durable in saves:
-            if ledger.improves(score):
-                proposed.append((save(ledger, score), score, durable))
+        proposed = [(save(ledger, score), durable) for score, durable in saves]
 
-        for one, _, durable in proposed:
+        for one, durable in proposed:
             ledger.settle(one, durable=durable)
 
-        kept = [score for _, score, durable in proposed if durable]
+        kept = [score for score, durable in saves if durable and math.isfinite(score)]
         assert ledger.durable.best_score == (({"min": min, "max": max}[mode])(kept) if kept else None)
         assert ledger.durable == ledger.expected
 

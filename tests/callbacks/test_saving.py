@@ -776,6 +776,25 @@ class TestBest:
         assert [save.score for save in handler.saves] == [0.9, 0.5]
         assert checkpoint.best_score == 0.5
 
+    @pytest.mark.parametrize("outcome", [lambda save: save.fail(DISK_FULL), lambda save: save.skip()])
+    def test_better_one_is_not_written(self, outcome):
+        """
+        If the better one in flight fails or is skipped, the next one is the best, and a worse one no more.
+        """
+        handler = FakeHandler(auto_complete=False)
+        checkpoint = handler.add_callback(ModelCheckpoint("m{epoch}.pt", "val_loss"))
+        for epoch, value in enumerate([0.6, 0.3, 0.4]):
+            end_epoch(handler, epoch, val_loss=value)
+        handler.saves[0].succeed()
+        outcome(handler.saves[1])
+        handler.saves[2].succeed()
+
+        end_epoch(handler, 3, val_loss=0.5)
+        handler.saves[3].succeed()
+        handler.bus.drain()
+
+        assert (checkpoint.best_score, checkpoint.best_path) == (0.4, "m3.pt")
+
     def test_others_saves(self):
         """
         What becomes of the saves of others is of no concern.
