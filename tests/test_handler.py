@@ -390,7 +390,7 @@ class TestLoad:
             other.load(tmp_path / "a.pt")
 
         assert (other.epoch, other.global_step, other.resumed, counter.count) == (2, 6, True, 6)
-        assert other.lineage == (handler.run_id,)
+        assert (other.lineage, other.left_at) == ((handler.run_id,), {handler.run_id: (2, 6)})
         for mine, theirs in zip(
             other.module.state_dict().values(), handler.module.state_dict().values(), strict=True
         ):

@@ -80,6 +80,7 @@ class Handler(RunLoading):
         callbacks: Those added, by the key of their state in a file.
         run_id: Of this process's run, 32 hex digits; stands in each manifest.
         lineage: Ids of the runs that this one was resumed from, oldest first.
+        left_at: Where each of them was left, by its id: epoch and global step of the file that was loaded.
         resumed: Whether progress was loaded.
         stopped: Whether `stop` was called, ``stop_reason`` with what.
         closed: Whether `close` was called; nothing can be saved then.
@@ -129,6 +130,7 @@ class Handler(RunLoading):
         self.stop_reason: str | None = None
         self.run_id = uuid.uuid4().hex
         self.lineage: tuple[str, ...] = ()
+        self.left_at: dict[str, tuple[int, int]] = {}
         self._moments = Moments(self)
         self._optimizer = optimizer
         self._loop = Loop(self, self._moments)

@@ -29,6 +29,7 @@ class RunLoading(RunSaving):
     stopped: bool
     stop_reason: str | None
     lineage: tuple[str, ...]
+    left_at: dict[str, tuple[int, int]]
     _unclaimed: dict[str, Any]  # states that were loaded for callbacks not yet added
 
     def load(
@@ -83,6 +84,7 @@ class RunLoading(RunSaving):
                 self.stopped, self.stop_reason = False, None
             if loaded.manifest is not None:
                 self.lineage = (*loaded.manifest.parents, loaded.manifest.run_id)
+                self.left_at = loaded.manifest.left_from_here()
         return loaded.manifest
 
     def resume(self, folder: str | os.PathLike[str], *, interrupted: bool = False) -> Manifest | None:

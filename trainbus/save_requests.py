@@ -317,6 +317,7 @@ class SaveRequests:
             contents="weights" if accepted.weights_only else "state",
             run_id=handler.run_id,
             parents=handler.lineage,
+            left_at=tuple(handler.left_at[run] for run in handler.lineage),
             stream=pending.stream,
             sequence=self._next_sequence(pending.path or ""),
             epoch=pending.epoch,
@@ -336,6 +337,8 @@ class SaveRequests:
             return tuple
         folder = os.path.dirname(os.path.abspath(pending.path or ""))
         runs = {self._handler.run_id, *self._handler.lineage}
+        left_at = dict(self._handler.left_at)
+        left_at.pop(self._handler.run_id, None)  # it went back itself, and goes on
 
         def find() -> list[str]:
             # What is there says what is superfluous: not what was asked for, of which some may have failed.
@@ -344,7 +347,7 @@ class SaveRequests:
                 for file in CheckpointFolder(folder)
                 if file.manifest.stream == pending.stream and file.manifest.run_id in runs
             ]
-            return superfluous(mine, keep)
+            return superfluous(mine, keep, left_at)
 
         return find
 

@@ -6,12 +6,12 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from trainbus.checkpoint.folder import CheckpointFile, CheckpointFolder
 from trainbus.checkpoint.manifest import Manifest
-from trainbus.checkpoint.retention import KeepBest
+from trainbus.checkpoint.retention import KeepBest, is_abandoned
 from trainbus.checkpoint.sharded_format import read_manifest
 from trainbus.errors import CheckpointCorruptError
 from trainbus_callbacks.best_score import Mode, Standing
@@ -68,26 +68,25 @@ def reconcile(standing: Standing, monitor: str | None, template: NameTemplate) -
 def best_there(
     template: NameTemplate,
     stream: str,
-    runs: Collection[str],
+    left_at: Mapping[str, tuple[int, int]],
     monitor: str,
     mode: Mode,
     *,
-    until: int,
     others: Collection[str] | None = None,
 ) -> Standing:
     """
-    Return the best that *runs* have saved, by the files that are there. Reads the folder.
+    Return the best that earlier runs have saved, by the files that are there. Reads the folder.
 
     A checkpoint that another callback took has this one's state from before its own save of that moment.
-    What was saved behind that moment is left out: who goes back does not want it to count.
+    What a run has saved behind the point at which it was left does not count: who goes back does not want
+    it to. But a file whose name is always the same does, because the next save would overwrite it.
 
     Args:
         template: Says where they lie.
         stream: Who saved them.
-        runs: Ids of the runs that this one continues.
+        left_at: Where each run that this one continues was left, by its id.
         monitor: The metric that they were judged by.
         mode: In which direction.
-        until: Training batches completed by the moment that was gone back to.
         others: Streams of the run's other callbacks. If given, files of all but these count that are named
             by *template*: with other arguments the callback was another stream. None: *stream* alone.
 
@@ -104,9 +103,9 @@ def best_there(
         file
         for file in CheckpointFolder(template.folder)
         if is_mine(file)
-        and file.manifest.run_id in runs
+        and file.manifest.run_id in left_at
         and (file.manifest.monitor, file.manifest.mode) == (monitor, mode)
-        and file.manifest.global_step <= until
+        and not (template.fields and is_abandoned(file.manifest, left_at))
         and file.is_original
     ]
     best = KeepBest(1).kept(files)

@@ -329,10 +329,9 @@ class ModelCheckpoint(SavingCallback):
             found = best_there(
                 self._template,
                 self.state_key,
-                handler.lineage,
+                handler.left_at,
                 self.monitor,
                 self.mode,
-                until=handler.global_step,
                 others=None if was_loaded else others,
             )
         except OSError as error:

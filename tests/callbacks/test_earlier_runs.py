@@ -165,11 +165,11 @@ class TestReconcile:
 class TestBestThere:
     """The state that another callback's checkpoint has of this one may be behind its files."""
 
-    def resume(self, checkpoint, score, *, resumed=True, lineage=("before",)):
+    def resume(self, checkpoint, score, *, resumed=True, left_at=(9, 0)):
         """Load a state with a best of *score* and begin to train; return the best then."""
         handler = FakeHandler(resumed=resumed)
-        handler.lineage = lineage
-        checkpoint.load_state_dict(state(score, "runs/1.pt"))
+        handler.left_at = {"before": left_at}
+        checkpoint.load_state_dict(state(score, "runs/1.pt" if score is not None else None))
         handler.add_callback(checkpoint)
         handler.bus.emit("train_begin", resumed=resumed)
         return checkpoint.best_score, checkpoint.best_path
@@ -211,14 +211,50 @@ class TestBestThere:
 
         assert self.resume(checkpoint, 0.5) == (0.5, "runs/1.pt")
 
-    def test_abandoned_files(self):
-        """What was saved behind the moment that was gone back to does not count."""
+    @pytest.mark.parametrize(
+        ("left_at", "best"), [((0, 2), 0.5), ((0, 3), 0.4), ((1, 4), 0.2), ((1, 3), 0.4)]
+    )
+    def test_abandoned_files(self, left_at, best):
+        """What was saved behind the point at which the run was left does not count."""
         checkpoint = best_only("runs/{epoch}.pt")
-        self.files(checkpoint, 0.5)
-        self.files(checkpoint, 0.5, 0.2, global_step=1)
-
+        for epoch, step, score in ((0, 2, 0.5), (0, 3, 0.4), (1, 4, 0.2)):
+            given = {"run_id": "before", "stream": checkpoint.state_key, "monitor": "val_loss", "mode": "min"}
+            write(f"runs/{step}.pt", score=score, epoch=epoch, global_step=step, sequence=step, **given)
         write("runs/1.pt", monitor="val_loss", mode="min", score=0.5)
-        assert self.resume(checkpoint, 0.5) == (0.5, "runs/1.pt")
+
+        assert self.resume(checkpoint, 0.5, left_at=left_at)[0] == best
+
+    def test_abandoned_by_epochs(self):
+        """So in loops that emit the ends of epochs and no batches, where no step is counted."""
+        checkpoint = best_only("runs/{epoch}.pt")
+        self.files(checkpoint, 0.5, 0.4, 0.1)
+
+        assert self.resume(checkpoint, 0.5, left_at=(1, 0)) == (0.4, "runs/2.pt")
+
+    def test_abandoned_under_the_only_name(self):
+        """A file whose name is always the same counts all the same: the next save would overwrite it."""
+        checkpoint = best_only()
+        given = {"run_id": "before", "stream": checkpoint.state_key, "monitor": "val_loss", "mode": "min"}
+        write("runs/best.pt", score=0.2, epoch=5, **given)
+
+        assert self.resume(checkpoint, None, left_at=(3, 0)) == (0.2, "runs/best.pt")
+
+    def test_abandoned_two_starts_ago(self):
+        """A real run that was resumed after going back knows that what was abandoned then does not count."""
+        losses = iter([0.9, 0.8, 0.1, 0.7, 0.75, 0.74, 0.6])
+        for epochs, back_to in ((4, None), (4, "runs/each_2.pt"), (5, None)):
+            with Handler(nn.Linear(1, 1)) as handler:
+                handler.add_callback(ModelCheckpoint("runs/last.pt"))
+                handler.add_callback(ModelCheckpoint("runs/each_{epoch}.pt"))
+                best = handler.add_callback(best_only("runs/best_{epoch}_{val_loss}.pt"))
+                if back_to is None:
+                    handler.resume("runs")
+                else:
+                    handler.load(back_to)
+                for _ in handler.epochs(epochs):
+                    handler.log(val_loss=next(losses))
+
+        assert (best.best_score, best.best_path) == (0.6, "runs/best_5_0.6.pt")
 
     def test_links_and_copies(self):
         """What somebody has linked or copied is not the best one's path."""
@@ -236,7 +272,7 @@ class TestBestThere:
         self.resume(checkpoint, 0.5)
         self.files(checkpoint, 0.5, 0.2)
         again = FakeHandler(resumed=True)
-        again.lineage = ("before",)
+        again.left_at = {"before": (9, 0)}
         checkpoint.on_train_begin(again)
 
         assert checkpoint.best_score == 0.5
@@ -304,10 +340,10 @@ class TestOtherArguments:
         assert (best.best_score, best.best_path) == (0.4, "runs/best.pt")
         assert read_manifest("runs/best.pt").score == 0.4
 
-    def found(self, checkpoint, *, lineage=("before",), others=(), step=1):
+    def found(self, checkpoint, *, others=()):
         """Begin to train after a resume without a state; return the best then."""
         handler = FakeHandler(resumed=True)
-        handler.lineage, handler.global_step = lineage, step
+        handler.left_at = {"before": (0, 1)}
         for one in (checkpoint, *others):
             handler.add_callback(one)
         handler.bus.emit("train_begin", resumed=True)

@@ -20,6 +20,7 @@ FULL = Manifest(
     contents="state",
     run_id="run-2",
     parents=("run-0", "run-1"),
+    left_at=((1, 400), (3, 1100)),
     stream="best",
     sequence=7,
     epoch=3,
@@ -278,6 +279,11 @@ class TestReadManifest:
             ("run_id", 3),
             ("parents", "run"),
             ("parents", [1]),
+            ("left_at", 3),
+            ("left_at", [3]),
+            ("left_at", [[3]]),
+            ("left_at", [[3, "1"]]),
+            ("left_at", [[1, 2, 3]]),
             ("stream", None),
             ("sequence", -1),
             ("sequence", True),
@@ -359,3 +365,21 @@ class TestOpenRegular:
         """
         with pytest.raises(CheckpointCorruptError, match="it is a folder and not a regular file"):
             open_regular(tmp_path)
+
+
+class TestLeftFromHere:
+    def test_parents(self):
+        """
+        Who goes on from a file leaves its run there, and each parent where that was left, but no later.
+        """
+        assert FULL.left_from_here() == {"run-0": (1, 400), "run-1": (3, 1100), "run-2": (3, 1200)}
+        earlier = replace(FULL, epoch=2, global_step=800)
+        assert earlier.left_from_here() == {"run-0": (1, 400), "run-1": (2, 800), "run-2": (2, 800)}
+
+    def test_older_file(self):
+        """
+        Of a file that does not say where its parents were left, they are left here.
+        """
+        older = replace(FULL, left_at=())
+
+        assert older.left_from_here() == dict.fromkeys(["run-0", "run-1", "run-2"], (3, 1200))

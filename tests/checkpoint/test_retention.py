@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -51,6 +52,45 @@ class TestKeepLast:
     def test_newest_stays_too(self, keep):
         """The newest file stays whatever else is asked for, also where no rule keeps any."""
         assert superfluous(unscored(3), keep) == ["0.pt", "1.pt"]
+
+
+class TestAbandoned:
+    """Files that lie behind the point at which their run was left for another one."""
+
+    def after_going_back(self, *scores):
+        """Return three files of a run that is left at the second, and those of the run that went on there."""
+        first = files(0.9, 0.8, 0.1)
+        second = files(None, None, *scores)[2:]
+        return [
+            *(_of_run("first", file, number) for number, file in enumerate(first)),
+            *(_of_run("second", file, 3 + number) for number, file in enumerate(second)),
+        ]
+
+    def test_count_as_if_never_left(self):
+        """The best of them stays, and takes no place from the best of the files on the way."""
+        found = self.after_going_back(0.5, 0.7, 0.6)
+
+        assert superfluous(found, KeepBest(1), {"first": (1, 20)}) == [
+            "first 0.pt",
+            "first 1.pt",
+            "second 3.pt",
+        ]
+        assert superfluous(found, KeepBest(1)) == ["first 0.pt", "first 1.pt", "second 2.pt", "second 3.pt"]
+
+    def test_go_when_there_is_a_better_one(self):
+        """One that would go if its run had not been left goes."""
+        found = self.after_going_back(0.05, 0.7)
+
+        assert superfluous(found, KeepLast(1), {"first": (1, 20)}) == [
+            "first 0.pt",
+            "first 1.pt",
+            "first 2.pt",
+        ]
+
+
+def _of_run(run_id, file, sequence):
+    manifest = replace(file.manifest, run_id=run_id, sequence=sequence)
+    return replace(file, path=f"{run_id} {file.path}", manifest=manifest)
 
 
 class TestKeepBest:

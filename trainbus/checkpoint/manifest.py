@@ -48,6 +48,8 @@ class Manifest:
         name: What the file or folder is called, as it was written; copies and links may be called otherwise.
         contents: ``"state"`` (all that a handler resumes from), ``"weights"`` or ``"object"``.
         run_id: The run that wrote it; ``parents`` are those it was resumed from, oldest first.
+        left_at: Where each of ``parents`` was left for the next one: epoch and global step of the file that
+            was loaded. Empty in files of before there was this field.
         stream: Key of the callback that asked for it, or empty.
         sequence: Counts the checkpoints of a folder; the newest has the greatest.
         epoch: 0-based epoch in which it was asked for.
@@ -69,6 +71,7 @@ class Manifest:
     contents: str
     run_id: str = ""
     parents: tuple[str, ...] = ()
+    left_at: tuple[tuple[int, int], ...] = ()
     stream: str = ""
     sequence: int = 0
     epoch: int = 0
@@ -83,6 +86,17 @@ class Manifest:
     durability: str = "full"
     interrupted: bool = False
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Where the run stood: epoch and global step. Those of one run come in order."""
+        return self.epoch, self.global_step
+
+    def left_from_here(self) -> dict[str, tuple[int, int]]:
+        """Return by ``run_id`` where a run that goes on from this file leaves its run and the parents."""
+        left_at = dict.fromkeys((*self.parents, self.run_id), self.position)
+        known = zip(self.parents, self.left_at, strict=False)  # none in older files
+        return left_at | {run: min(one, self.position) for run, one in known if run != self.run_id}
 
 
 def fit_manifest(manifest: Manifest) -> Manifest:
@@ -200,6 +214,15 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(_text(item) for item in value) if isinstance(value, list) else _refuse(value)
 
 
+def _position(value: Any) -> tuple[int, int]:
+    epoch, global_step = value if isinstance(value, list) else _refuse(value)
+    return _count(epoch), _count(global_step)
+
+
+def _positions(value: Any) -> tuple[tuple[int, int], ...]:
+    return tuple(_position(item) for item in value) if isinstance(value, list) else _refuse(value)
+
+
 def _table(decode: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
     def decode_table(value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -221,6 +244,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "contents": _contents,
     "run_id": _text,
     "parents": _texts,
+    "left_at": _positions,
     "stream": _text,
     "sequence": _count,
     "epoch": _count,

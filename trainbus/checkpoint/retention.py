@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainbus.checkpoint.folder import CheckpointFile
+from trainbus.checkpoint.manifest import Manifest
 
-__all__ = ["KeepBest", "KeepEvery", "KeepLast", "Retention", "superfluous"]
+__all__ = ["KeepBest", "KeepEvery", "KeepLast", "Retention", "is_abandoned", "superfluous"]
 
 
 class Retention:
@@ -136,7 +137,9 @@ class _AnyOf(Retention):
         return [file for part in self.parts for file in part.kept(files)]
 
 
-def superfluous(files: Sequence[CheckpointFile], keep: Retention) -> list[str]:
+def superfluous(
+    files: Sequence[CheckpointFile], keep: Retention, left_at: Mapping[str, tuple[int, int]] | None = None
+) -> list[str]:
     """
     Return the paths of those of *files* that need not stay, oldest first.
 
@@ -144,13 +147,26 @@ def superfluous(files: Sequence[CheckpointFile], keep: Retention) -> list[str]:
     file stays, such as the best where none has a score, would remove each once it is written. Links and
     copies stay and do not count: the file itself would go if one of them were kept in its place.
 
+    Files that lie behind the point at which their run was left for another one are in nobody's way: they
+    may stay as if the run had not been left, beside those that stay without them.
+
     Args:
-        files: Of one stream and one run, in order of ``sequence``.
+        files: Of one stream and one run with those it continues, in order of ``sequence``.
         keep: What stays.
+        left_at: Where runs were left, see `Manifest.left_at`, by ``run_id``.
     """
+    rule = keep | KeepBest(1) | KeepLast(1)
     originals = [file for file in files if file.is_original]
-    staying = {file.path for file in (keep | KeepBest(1) | KeepLast(1)).kept(originals)}
+    on_the_way = [file for file in originals if not is_abandoned(file.manifest, left_at or {})]
+    staying = {file.path for file in rule.kept(on_the_way)}
+    staying |= {file.path for file in rule.kept(originals) if file not in on_the_way}
     return [file.path for file in originals if file.path not in staying]
+
+
+def is_abandoned(manifest: Manifest, left_at: Mapping[str, tuple[int, int]]) -> bool:
+    """Tell whether a file lies behind the point at which its run was left for another one."""
+    end = left_at.get(manifest.run_id)
+    return end is not None and manifest.position > end
 
 
 def _check_positive(name: str, number: object) -> None:

@@ -165,6 +165,7 @@ class FakeHandler:
         saves: What `save_async` was asked for, in order.
         epoch, batch, global_step, total_epochs: As of `Handler`; moved by `emit_run` or the test.
         lineage: The runs that it continues, oldest first.
+        left_at: Where each of them was left, by its id: epoch and global step.
         accumulating: Whether gradients of an unfinished accumulation are pending.
         is_stepping: Whether an optimizer is inside of its step, or was left there by an exception.
         optimizer: What a callback may look at; None unless the test sets it.
@@ -188,6 +189,7 @@ class FakeHandler:
         self.resumed = resumed
         self.run_id = run_id or uuid.uuid4().hex
         self.lineage: tuple[str, ...] = ()
+        self.left_at: dict[str, tuple[int, int]] = {}
         self.epoch = 0
         self.batch = 0
         self.global_step = 0
