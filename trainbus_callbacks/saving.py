@@ -200,7 +200,8 @@ class ModelCheckpoint(SavingCallback):
         self._saw_epoch_end = True
         if self._trigger.within_epochs:
             self._check_batches_hold_metric(logs)
-            self._ledger.gate(as_float(logs.get(self.monitor)) if self.monitor is not None else None)
+        if self.monitor is not None and not self._ledger.threshold_passed:  # reading may wait for a device
+            self._ledger.gate(as_float(logs.get(self.monitor)))
         waited = self._due
         moment = Moment(True, epoch, batch, global_step, self._seconds(), logs)
         self._ask_trigger(moment)

@@ -478,6 +478,16 @@ class TestThreshold:
 
         assert paths(train(checkpoint, [0.6, 0.4, 0.9])) == ["m5.pt", "m6.pt"]
 
+    def test_epochs_that_are_not_due(self):
+        """
+        Epochs in which no save is due are looked at too.
+        """
+        checkpoint = ModelCheckpoint(
+            "m{epoch}.pt", "val_loss", save_freq=Every(epochs=2), initial_value_threshold=0.5
+        )
+
+        assert paths(train(checkpoint, [0.9, 0.8, 0.3, 0.7, 0.6, 0.7])) == ["m4.pt", "m6.pt"]
+
     def test_without_monitor(self):
         """
         It needs a metric to compare with.
