@@ -136,6 +136,21 @@ class TestFiles:
 
         assert removed == ["1.pt", "2.pt"]
 
+    def test_of_a_callback_of_the_same_name_are_not_touched(self, tmp_path):
+        """Of two callbacks with one name each counts its own files."""
+        for resume in (False, True):
+            with Handler(nn.Linear(1, 1)) as handler:
+                for letter in "ab":
+                    path = tmp_path / f"{letter}_{{epoch}}.pt"
+                    handler.add_callback(ModelCheckpoint(path, name="x", keep=KeepLast(2)))
+                if resume:
+                    handler.resume(tmp_path)
+                for _ in handler.epochs(4 if resume else 3):
+                    pass
+
+        names = sorted(name for name in os.listdir(tmp_path) if name[0] != ".")
+        assert names == ["a_3.pt", "a_4.pt", "b_3.pt", "b_4.pt"]
+
 
 class TestRepr:
     @pytest.mark.parametrize(

@@ -282,6 +282,10 @@ class ModelCheckpoint(SavingCallback):
     def _judged_by(self) -> str | None:
         return self.mode if self.monitor is not None else None
 
+    def _key_in(self, handler: Any) -> str:
+        """Its key in *handler*, by which its files are told from those of another of the same name."""
+        return next((key for key, one in handler.callbacks.items() if one is self), self.state_key)
+
     def _seconds(self) -> float:
         if self._last_due is None:
             self._last_due = time.monotonic()
@@ -329,7 +333,7 @@ class ModelCheckpoint(SavingCallback):
         try:
             found = best_there(
                 self._template,
-                self.state_key,
+                self._key_in(handler),
                 handler.left_at,
                 self.monitor,
                 self.mode,
@@ -355,7 +359,7 @@ class ModelCheckpoint(SavingCallback):
             proposal.save = handler.save_async(
                 path,
                 weights_only=self.save_weights_only,
-                stream=self.state_key,
+                stream=self._key_in(handler),
                 logs=moment.logs,
                 monitor=self.monitor,
                 mode=self._judged_by,
