@@ -35,7 +35,7 @@ _HOLE = "\0"
 _HOLES = re.compile(rf"(?:[_.=-]*{_HOLE})+[_.=-]*")
 # Stands for any value while a pattern is being built.
 _ANY = "\1"
-_ANY_NUMBER = r"(?:[-+._eE0-9]+|[-+_]*(?:inf|nan|INF|NAN))"
+_FILL = re.compile(r".(?=[<>=^])")
 
 
 class _Field(NamedTuple):
@@ -159,8 +159,16 @@ class NameTemplate:
             names = {self._assemble(values, "", {})}
             if None in values:
                 names = {self._assemble(values, self._suffix(_ANY, step), {}) for step in (None, _ANY)}
-            patterns += [re.compile(re.escape(name).replace(_ANY, _ANY_NUMBER)) for name in names]
+            patterns += [re.compile(re.escape(name).replace(_ANY, self._any_number)) for name in names]
         return patterns
+
+    @property
+    def _any_number(self) -> str:
+        """A pattern of what any field may become, with the characters that fill one up to its width."""
+        found = filter(None, (_FILL.match(field.spec) for field in self._fields()))
+        fills = re.escape("".join(sorted({_UNSAFE.sub("_", fill[0]) for fill in found})))
+        # One class, since several that overlap would try all ways to divide a long name among them.
+        return f"(?:[-+._eE0-9{fills}]+|[-+_{fills}]*(?:inf|nan|INF|NAN)[_{fills}]*)"
 
     def _fields(self) -> Iterator[_Field]:
         return (part for part in self._parts if isinstance(part, _Field))

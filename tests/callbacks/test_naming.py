@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -238,6 +239,18 @@ class TestMatches:
         Files are recognised, also those that lacked a metric.
         """
         assert NameTemplate("runs/m-{epoch:03d}-{val_loss:.4f}.pt").matches(name)
+
+    @pytest.mark.parametrize("spec", ["d>3", "x<9", "=^7.2f", "*<9", " >9.1f", "é^9", "a=+9.1e", "i>9"])
+    @pytest.mark.parametrize("value", [3.0, -0.5, math.inf, -math.inf, math.nan])
+    def test_filled_up(self, spec, value):
+        """
+        So are those in which a value is filled up to its width, with whatever character.
+        """
+        template = NameTemplate(f"m{{val_loss:{spec}}}.pt")
+
+        name = template.fill(epoch=3, batch=1, global_step=1, logs={"val_loss": value}).path
+        assert template.matches(name)
+        assert not template.matches(f"k{name}") and not template.matches("m.txt")
 
     @pytest.mark.parametrize(
         "name",
