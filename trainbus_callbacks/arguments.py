@@ -8,7 +8,22 @@ from typing import Any
 from trainbus.checkpoint.retention import Retention
 from trainbus_callbacks.naming import NameTemplate
 
-__all__ = ["checked_keep", "require_count"]
+__all__ = ["checked_keep", "require_bools", "require_count"]
+
+
+def require_bools(**arguments: object) -> None:
+    """
+    Refuse what is no bool, such as an argument that is one place too far to the left.
+
+    Raises:
+        TypeError: Naming the first of *arguments* that is none.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"{name} must be True or False, got {value!r}. Give arguments by name, e.g. {name}=True: "
+                "Keras has verbose in third place, trainbus has no such argument."
+            )
 
 
 def require_count(name: str, value: object, counted: str, *, least: int, or_none: bool = False) -> None:

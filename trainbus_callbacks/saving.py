@@ -12,7 +12,7 @@ from typing import Any
 from trainbus import ranks
 from trainbus.checkpoint.retention import Retention
 from trainbus.errors import PayloadError
-from trainbus_callbacks.arguments import checked_keep
+from trainbus_callbacks.arguments import checked_keep, require_bools
 from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, is_comparable, resolve_mode
 from trainbus_callbacks.earlier_runs import best_there, reconcile
 from trainbus_callbacks.saving_advice import SavingAdvice
@@ -75,7 +75,7 @@ class ModelCheckpoint(SavingCallback):
         mode: ``"min"`` or ``"max"``.
 
     Raises:
-        TypeError: If *filepath* or *monitor* is of no use by its type.
+        TypeError: If *filepath*, *monitor* or a bool is of no use by its type.
         ValueError: If an argument is out of its range, or two contradict each other.
     """
 
@@ -98,6 +98,7 @@ class ModelCheckpoint(SavingCallback):
     ) -> None:
         super().__init__(filepath)
         self._trigger = trigger_of(save_freq)
+        require_bools(save_best_only=save_best_only, save_weights_only=save_weights_only)
         check_monitor(monitor, save_best_only, initial_value_threshold)
         self.filepath = os.fspath(filepath)
         self.monitor = monitor

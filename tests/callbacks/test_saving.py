@@ -427,6 +427,24 @@ class TestNotFinite:
         assert checkpoint.best_path == "m2_0.5.pt"
 
 
+class TestBools:
+    @pytest.mark.parametrize("name", ["save_best_only", "save_weights_only"])
+    @pytest.mark.parametrize("value", [0, 1, "False", None])
+    def test_type(self, name, value):
+        """
+        What is no bool is refused, named with its value.
+        """
+        with pytest.raises(TypeError, match=rf"{name} must be True or False, got {value!r}\."):
+            ModelCheckpoint("m.pt", "val_loss", **{name: value})
+
+    def test_order_of_keras(self):
+        """
+        Arguments in the order that Keras has are refused instead of meaning something else.
+        """
+        with pytest.raises(TypeError, match=r"Give arguments by name.*Keras has verbose in third place"):
+            ModelCheckpoint("m.pt", "val_loss", 0, True)
+
+
 class TestThreshold:
     def test_all(self):
         """
