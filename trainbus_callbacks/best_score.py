@@ -190,12 +190,14 @@ class ScoreLedger:
     Attributes:
         durable: The standing by the files known to be durable.
         threshold_passed: Whether the gate is open; always, without a threshold.
+        best_held_back: The best finite score that did not open it.
     """
 
     def __init__(self, mode: Mode, threshold: float | None = None) -> None:
         self.mode = mode
         self.durable = Standing()
         self.threshold_passed = threshold is None
+        self.best_held_back: float | None = None
         self._threshold = threshold
         self._count = 0  # of proposals
         self._newest_durable = 0  # its number
@@ -211,6 +213,8 @@ class ScoreLedger:
         """Take note of a score and tell whether saves are let through, by it or since an earlier one."""
         if not self.threshold_passed and score is not None:
             self.threshold_passed = self._is_better(score, self._threshold)
+            if not self.threshold_passed and self._is_better(score, self.best_held_back):
+                self.best_held_back = score
         return self.threshold_passed
 
     def improves(self, score: float) -> bool:

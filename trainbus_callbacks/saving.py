@@ -215,11 +215,17 @@ class ModelCheckpoint(SavingCallback):
         self._consider(handler, moment, expects_metric=expects)
 
     def on_train_end(self, handler: Any) -> None:
-        """Warn if by `save_freq` it was never time to save in a run of one epoch or more."""
-        if not _takes_part(handler) or handler.rank != 0 or not self._saw_epoch_end or self._was_due:
+        """Warn if nothing was saved in a run of one epoch or more, by `save_freq` or the threshold."""
+        if not _takes_part(handler) or handler.rank != 0 or not self._saw_epoch_end:
             return
-        if self._ledger.expected.last_step_saved is None:
-            self._advice.of_no_save(self.save_freq, handler.global_step)
+        if self._ledger.expected.last_step_saved is not None:
+            return
+        if not self._was_due:
+            self._advice.of_no_save(
+                self.save_freq, handler.global_step, counts_batches=self._trigger.within_epochs
+            )
+        elif not self._ledger.threshold_passed and self._ledger.best_held_back is not None:
+            self._advice.of_threshold(self.initial_value_threshold, self._ledger.best_held_back)
 
     def on_checkpoint_saved(self, save: Any) -> None:
         """Count the file as there."""

@@ -138,13 +138,30 @@ class SavingAdvice:
         if message is not None:
             _warn(message)
 
-    def of_no_save(self, save_freq: object, global_step: int) -> None:
-        """Tell that *save_freq* never came to pass in a run of so many batches."""
-        if self._is_new("never due"):
+    def of_no_save(self, save_freq: object, global_step: int, *, counts_batches: bool) -> None:
+        """Tell that *save_freq*, which may count batches, never came to pass in a run of so many batches."""
+        if not self._is_new("never due"):
+            return
+        if counts_batches and global_step == 0:
+            _warn(
+                f"{self._owner()} saved nothing in this run: save_freq={save_freq!r} counts training "
+                "batches, and none was announced. Wrap the loader: "
+                "for batch in handler.batches(loader)."
+            )
+        else:
             _warn(
                 f"{self._owner()} saved nothing in this run of {global_step} batch(es): "
                 f"save_freq={save_freq!r} never came to pass. Choose a smaller one, or add one with |, "
                 "e.g. | Every(epochs=1)."
+            )
+
+    def of_threshold(self, threshold: float | None, best: float) -> None:
+        """Tell that *threshold* held back all saves of a run, and how good the *best* epoch or batch was."""
+        if self._is_new("never let through"):
+            _warn(
+                f"{self._owner()} saved nothing in this run: {self._monitor!r} was never "
+                f"{'below' if self._mode == 'min' else 'above'} initial_value_threshold={threshold!r}, and "
+                f"its best value was {describe(best)}. Give a threshold that is reached, or none."
             )
 
     def _is_new(self, what: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from trainbus.testing import FakeHandler, emit_run
@@ -164,7 +166,45 @@ class TestModelCheckpoint:
 
     def test_due_and_held_back(self):
         """Where it was time and the metric did not allow a save, the frequency is not to blame."""
-        assert saved(3, monitor="val_loss", mode="min", initial_value_threshold=0.1) == []
+        with pytest.warns(RuntimeWarning, match=r"saved nothing .* initial_value_threshold=0.1") as warned:
+            assert saved(3, monitor="val_loss", mode="min", initial_value_threshold=0.1) == []
+
+        assert len(warned) == 1
+
+    @pytest.mark.parametrize(
+        ("mode", "way", "best"), [("min", "below", "0.40000"), ("max", "above", "0.60000")]
+    )
+    def test_held_back_in_all_epochs(self, mode, way, best):
+        """A run in which no epoch passed the threshold says so at its end, with the best value seen."""
+        threshold = {"min": 0.1, "max": 0.9}[mode]
+        checkpoint = ModelCheckpoint("m.pt", "val_loss", mode=mode, initial_value_threshold=threshold)
+        handler = FakeHandler()
+        handler.add_callback(checkpoint)
+
+        with pytest.warns(
+            RuntimeWarning,
+            match=f"never {way} initial_value_threshold={threshold}, and its best value was {best}",
+        ):
+            emit_run(handler.bus, epochs=4, logs={"val_loss": [0.5, math.nan, 0.4, 0.6]})
+
+        assert handler.saves == []
+
+    @pytest.mark.parametrize("freq", [2, Every(steps=2) | Every(epochs=5)])
+    def test_batches_that_nobody_announced(self, freq):
+        """Where batches are counted and the loop announces none, it is not the number that is to blame."""
+        handler = FakeHandler()
+        handler.add_callback(ModelCheckpoint("m.pt", save_freq=freq))
+
+        with pytest.warns(RuntimeWarning, match=r"none was announced\. Wrap the loader: .* handler\.batches"):
+            emit_run(handler.bus, epochs=2, batches=0)
+
+    def test_epochs_alone(self):
+        """Where epochs are counted, no batch is asked for."""
+        handler = FakeHandler()
+        handler.add_callback(ModelCheckpoint("m.pt", save_freq=Every(epochs=5)))
+
+        with pytest.warns(RuntimeWarning, match=r"save_freq=Every\(epochs=5\) never came to pass"):
+            emit_run(handler.bus, epochs=2, batches=0)
 
     def test_epoch_whose_last_batch_was_saved_is_not_saved_again(self):
         """Where a batch and its epoch's end are both due, one file is written."""
