@@ -136,6 +136,23 @@ class TestFiles:
 
         assert removed == ["1.pt", "2.pt"]
 
+    def test_best_of_the_way_taken_stays(self, tmp_path):
+        """After going back within one process the best file stays, though an abandoned one is better."""
+        losses = iter([0.9, 0.8, 0.1, 0.5, 0.7, 0.6, 0.65])
+        with Handler(nn.Linear(1, 1)) as handler:
+            path = tmp_path / "{epoch}_{val_loss:.2f}.pt"
+            checkpoint = handler.add_callback(ModelCheckpoint(path, monitor="val_loss", keep=KeepLast(2)))
+            for epochs, back_to in ((3, "2_0.80.pt"), (6, None)):
+                for _ in handler.epochs(epochs):
+                    handler.log(val_loss=next(losses))
+                if back_to is not None:
+                    handler.flush()
+                    handler.load(tmp_path / back_to)
+
+        assert (checkpoint.best_score, checkpoint.best_path) == (0.5, str(tmp_path / "3_0.50.pt"))
+        names = sorted(name for name in os.listdir(tmp_path) if name[0] != ".")
+        assert names == ["3_0.10.pt", "3_0.50.pt", "5_0.60.pt", "6_0.65.pt"]
+
     def test_of_a_callback_of_the_same_name_are_not_touched(self, tmp_path):
         """Of two callbacks with one name each counts its own files."""
         for resume in (False, True):

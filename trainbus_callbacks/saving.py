@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trainbus import ranks
-from trainbus.checkpoint.retention import Retention
+from trainbus.checkpoint.retention import KeepNamed, Retention
 from trainbus.errors import PayloadError
 from trainbus_callbacks.arguments import checked_keep, require_bools
 from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, is_comparable, resolve_mode
@@ -117,6 +117,7 @@ class ModelCheckpoint(SavingCallback):
         self._was_due = False  # ever, in this process
         self._was_loaded = False  # and no training has begun since
         self._has_begun = False  # training, in this process
+        self._continues = False  # from a state that was loaded
         self._saw_epoch_end = False
         self._prepared = False
         self._batches_hold_metric: bool | None = None  # None: no batch was seen yet
@@ -272,7 +273,7 @@ class ModelCheckpoint(SavingCallback):
         if ranks.rank() == 0:
             standing = reconcile(standing, self.monitor, self._template)
         self._ledger.restore(standing, threshold_passed=bool(state.get("threshold_passed")))
-        self._was_loaded = True
+        self._was_loaded = self._continues = True
 
     # -- inside
 
@@ -371,7 +372,7 @@ class ModelCheckpoint(SavingCallback):
                 monitor=self.monitor,
                 mode=self._judged_by,
                 score=choice.score,
-                keep=self.keep,
+                keep=self._kept(),
                 full_state=self.full_state,
             )
         except BaseException:
@@ -380,6 +381,13 @@ class ModelCheckpoint(SavingCallback):
         if choice.is_best and choice.score is not None and handler.rank == 0:
             step, epoch = f"step {moment.global_step}", f"epoch {moment.epoch + 1}"
             self._advice.of_best(step if self._trigger.within_epochs else epoch, before, choice.score)
+
+    def _kept(self) -> Retention | None:
+        """Return what stays: after a load the best file too, since what the run left may look better."""
+        best = self._ledger.expected.best_path
+        if self.keep is None or best is None or not self._continues:
+            return self.keep
+        return self.keep | KeepNamed(os.path.basename(best))
 
     def _check_batches_hold_metric(self, logs: Mapping[str, Any]) -> None:
         """Refuse or tell at an epoch's end that nothing is ever judged, because batches lack the metric."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainbus.checkpoint.folder import CheckpointFile
 from trainbus.checkpoint.manifest import Manifest
 
-__all__ = ["KeepBest", "KeepEvery", "KeepLast", "Retention", "is_abandoned", "superfluous"]
+__all__ = ["KeepBest", "KeepEvery", "KeepLast", "KeepNamed", "Retention", "is_abandoned", "superfluous"]
 
 
 class Retention:
@@ -120,6 +121,22 @@ class KeepEvery(Retention):
             return [file for file in files if (file.manifest.epoch + 1) % self.epochs == 0]
         assert self.steps is not None
         return [file for file in files if file.manifest.global_step % self.steps == 0]
+
+
+@dataclass(frozen=True)
+class KeepNamed(Retention):
+    """
+    Keep one file whatever it says of itself, for who knows better which is the best.
+
+    Args:
+        name: Of the file, without its folder.
+    """
+
+    name: str
+
+    def kept(self, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+        """Return the one of *files* with this name, if there is one."""
+        return [file for file in files if os.path.basename(file.path) == self.name]
 
 
 @dataclass(frozen=True)
