@@ -17,6 +17,7 @@ import trainbus
 from trainbus import events
 
 ROOT = Path(__file__).parent.parent
+LONG = "tutorial.md"  # it trains again and again, for twenty seconds
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"^```(?P<fence>\{code-block\} )?(?P<language>python|console|bash)\n(?P<text>.*?)^```",
@@ -88,7 +89,11 @@ def run_commands(page: Path, line: int, text: str, shell) -> None:
         )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.full) if page.name == LONG else page for page in PAGES],
+    ids=lambda page: page.name,
+)
 def test_blocks_run(page, shell):
     """
     The blocks of a page run one after the other: Python in one session, commands in its folder.

@@ -168,6 +168,7 @@ class TestDemo:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
+    @pytest.mark.full
     def test_killed_at_random_moments(self, tmp_path):
         """SIGKILL three times at random moments, then to the end: the same weights, bit for bit."""
         seed = int(os.environ.get("TRAINBUS_TEST_SEED", time.time()))

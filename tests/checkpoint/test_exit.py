@@ -198,7 +198,8 @@ WAYS = """
         if {way!r} == "exit":
             sys.exit(0)
         if {way!r} != "return":
-            threading.Event().wait(60)
+            for _ in range(600):  # a signal from just before one of these is noticed behind it
+                time.sleep(0.1)
 
     if {process!r} == "main":
         work()
