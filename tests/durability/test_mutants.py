@@ -150,7 +150,7 @@ MUTANTS = [
     ),
     Mutant(
         "sparse indices not checked",
-        "load.py",
+        "unpickling.py",
         "check_sparse_tensor_invariants(True)",
         "check_sparse_tensor_invariants(False)",
         f"{LOAD} tests/hostile/test_archives.py",
