@@ -188,6 +188,7 @@ class ScoreLedger:
         threshold: Until a score has once been strictly better than it, `gate` stays shut.
 
     Attributes:
+        threshold: As given.
         durable: The standing by the files known to be durable.
         threshold_passed: Whether the gate is open; always, without a threshold.
         best_held_back: The best finite score that did not open it.
@@ -195,10 +196,10 @@ class ScoreLedger:
 
     def __init__(self, mode: Mode, threshold: float | None = None) -> None:
         self.mode = mode
+        self.threshold = threshold
         self.durable = Standing()
         self.threshold_passed = threshold is None
         self.best_held_back: float | None = None
-        self._threshold = threshold
         self._count = 0  # of proposals
         self._newest_durable = 0  # its number
         self._pending: list[Proposal] = []
@@ -212,7 +213,7 @@ class ScoreLedger:
     def gate(self, score: float | None) -> bool:
         """Take note of a score and tell whether saves are let through, by it or since an earlier one."""
         if not self.threshold_passed and score is not None:
-            self.threshold_passed = self._is_better(score, self._threshold)
+            self.threshold_passed = self._is_better(score, self.threshold)
             if not self.threshold_passed and self._is_better(score, self.best_held_back):
                 self.best_held_back = score
         return self.threshold_passed
@@ -273,7 +274,7 @@ class ScoreLedger:
         self._pending.clear()
         self._failed.clear()
         self.durable = standing
-        self.threshold_passed = threshold_passed or self._threshold is None
+        self.threshold_passed = threshold_passed or self.threshold is None
 
     def _is_better(self, score: float, reference: float | None) -> bool:
         if not math.isfinite(score):

@@ -51,7 +51,7 @@ def reconcile(standing: Standing, monitor: str | None, template: NameTemplate) -
             f"{problem}. That best is forgotten: the best file that is still there counts, or without one "
             f"the next finite {monitor}. Put the file back to keep it.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,  # load_state_dict, and whoever calls it
         )
         return replace(standing, best_score=None, best_path=None)
     if score != standing.best_score:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from trainbus import ranks
-from trainbus.checkpoint.retention import KeepNamed, Retention
+from trainbus.checkpoint.retention import Retention
 from trainbus.errors import PayloadError
 from trainbus_callbacks.arguments import checked_keep, require_bools
-from trainbus_callbacks.best_score import ScoreLedger, Standing, check_monitor, is_comparable, resolve_mode
-from trainbus_callbacks.earlier_runs import best_there, reconcile
+from trainbus_callbacks.best_score import ScoreLedger, check_monitor, is_comparable, resolve_mode
 from trainbus_callbacks.saving_advice import SavingAdvice
 from trainbus_callbacks.saving_callback import SavingCallback
 from trainbus_callbacks.saving_choice import Choice, Chooser
-from trainbus_callbacks.scalars import as_float
+from trainbus_callbacks.saving_continuation import Continuation
+from trainbus_callbacks.saving_schedule import Schedule
 from trainbus_callbacks.triggers import Moment, Trigger, in_short, trigger_of
 
 __all__ = ["ModelCheckpoint"]
@@ -112,23 +110,19 @@ class ModelCheckpoint(SavingCallback):
         self._shared = shared
         self.full_state = full_state
         self._ledger = ScoreLedger(self.mode, initial_value_threshold)
-        self._last_due: float | None = None  # by time.monotonic()
-        self._due = False  # a save fell into gradient accumulation and waits for its end
-        self._was_due = False  # ever, in this process
-        self._was_loaded = False  # and no training has begun since
-        self._has_begun = False  # training, in this process
-        self._continues = False  # from a state that was loaded
         self._saw_epoch_end = False
         self._prepared = False
-        self._batches_hold_metric: bool | None = None  # None: no batch was seen yet
+        self._schedule = Schedule(self._trigger)
         self._advice = SavingAdvice(lambda: self.state_key, self._template, monitor, self.mode)
+        self._continuation = Continuation(self._template, self._ledger, self._advice, monitor=monitor)
         self._chooser = Chooser(
             self._template,
             self._ledger,
             self._advice,
             monitor=monitor,
             best_only=save_best_only,
-            within_epochs=self._trigger.within_epochs,
+            trigger=self._trigger,
+            keep=self.keep,
         )
 
     @property
@@ -167,11 +161,12 @@ class ModelCheckpoint(SavingCallback):
         After a resume, look for a better file than the loaded state knows of, or any if none was loaded.
         """
         if _takes_part(handler):
-            self._last_due = time.monotonic()
+            self._schedule.begin()
             self.refuse_name_of_another(handler)
             self._reserve(handler)
             self._advice.of_other_runs(handler)
-            self._look_for_better(handler)
+            others = [key for key, one in handler.callbacks.items() if one is not self]
+            self._continuation.look_for_better(handler, self._key_in(handler), others)
 
     def on_train_batch_end(
         self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
@@ -185,13 +180,12 @@ class ModelCheckpoint(SavingCallback):
             handler.prepare_saves(weights_only=self.save_weights_only, full_state=self.full_state)
         if not self._trigger.within_epochs:
             return
-        self._batches_hold_metric = self._batches_hold_metric or self.monitor in logs
-        moment = Moment(False, epoch, batch, global_step, self._seconds(), logs)
-        self._ask_trigger(moment)
-        if self._due and not handler.accumulating:
-            self._due = False
-            expects = self._needs_scores_to is not None and not self._trigger.at_epoch_ends
-            self._consider(handler, moment, expects_metric=expects)
+        self._chooser.note_batch(logs)
+        moment = self._schedule.ask(
+            ends_epoch=False, epoch=epoch, batch=batch, global_step=global_step, logs=logs
+        )
+        if not handler.accumulating and self._schedule.take():
+            self._consider(handler, moment)
 
     def on_epoch_end(
         self, handler: Any, epoch: int, batch: int, global_step: int, logs: Mapping[str, Any]
@@ -200,20 +194,13 @@ class ModelCheckpoint(SavingCallback):
         if not _takes_part(handler):
             return
         self._saw_epoch_end = True
-        if self._trigger.within_epochs:
-            self._check_batches_hold_metric(logs)
-        if self.monitor is not None and not self._ledger.threshold_passed:  # reading may wait for a device
-            self._ledger.gate(as_float(logs.get(self.monitor)))
-        waited = self._due
-        moment = Moment(True, epoch, batch, global_step, self._seconds(), logs)
-        self._ask_trigger(moment)
-        if not self._due:
-            return
-        self._due = False
-        if not waited and self._has_just_saved(moment):
-            return
-        expects = self.save_best_only or self._trigger.at_epoch_ends
-        self._consider(handler, moment, expects_metric=expects)
+        self._chooser.note_epoch(logs)
+        waited = self._schedule.is_due
+        moment = self._schedule.ask(
+            ends_epoch=True, epoch=epoch, batch=batch, global_step=global_step, logs=logs
+        )
+        if self._schedule.take() and (waited or not self._has_just_saved(moment)):
+            self._consider(handler, moment)
 
     def on_train_end(self, handler: Any) -> None:
         """Warn if nothing was saved in a run of one epoch or more, by `save_freq` or the threshold."""
@@ -221,7 +208,7 @@ class ModelCheckpoint(SavingCallback):
             return
         if self._ledger.expected.last_step_saved is not None:
             return
-        if not self._was_due:
+        if not self._schedule.was_due:
             self._advice.of_no_save(
                 self.save_freq, handler.global_step, counts_batches=self._trigger.within_epochs
             )
@@ -261,30 +248,10 @@ class ModelCheckpoint(SavingCallback):
             RuntimeWarning: If *state* is of another monitor or mode (nothing is taken), or its best
                 file is lost.
         """
-        if not is_comparable(state, self.monitor, self._judged_by, owner=self.state_key, what="its best"):
-            return
-        best_score = as_float(state.get("best_score"))
-        standing = Standing(
-            best_score if best_score is not None and math.isfinite(best_score) else None,
-            state.get("best_path"),
-            state.get("last_epoch_saved"),
-            state.get("last_step_saved"),
-        )
-        if ranks.rank() == 0:
-            standing = reconcile(standing, self.monitor, self._template)
-        self._ledger.restore(standing, threshold_passed=bool(state.get("threshold_passed")))
-        self._was_loaded = self._continues = True
+        if is_comparable(state, self.monitor, self._judged_by, owner=self.state_key, what="its best"):
+            self._continuation.load(state)
 
     # -- inside
-
-    @property
-    def _needs_scores_to(self) -> str | None:
-        """What it could never do without the metric; None: it does all the same."""
-        if self.save_best_only:
-            return "save"
-        if self.keep is not None and self.keep.needs_scores:
-            return f"tell which files keep={self.keep!r} means"
-        return None
 
     @property
     def _judged_by(self) -> str | None:
@@ -293,19 +260,6 @@ class ModelCheckpoint(SavingCallback):
     def _key_in(self, handler: Any) -> str:
         """Its key in *handler*, by which its files are told from those of another of the same name."""
         return next((key for key, one in handler.callbacks.items() if one is self), self.state_key)
-
-    def _seconds(self) -> float:
-        if self._last_due is None:
-            self._last_due = time.monotonic()
-        return time.monotonic() - self._last_due
-
-    def _ask_trigger(self, moment: Moment) -> None:
-        def is_due() -> bool:
-            return self._trigger.is_due(moment)
-
-        if is_due() if self._trigger.is_counted else ranks.decide(is_due, "ModelCheckpoint's save_freq"):
-            self._due = self._was_due = True
-            self._last_due = time.monotonic()
 
     def _has_just_saved(self, moment: Moment) -> bool:
         """Whether the last batch of an epoch was saved already, and the epoch's metrics change nothing."""
@@ -317,41 +271,12 @@ class ModelCheckpoint(SavingCallback):
             and (last.last_epoch_saved, last.last_step_saved) == (moment.epoch, moment.global_step)
         )
 
-    def _consider(self, handler: Any, moment: Moment, *, expects_metric: bool) -> None:
+    def _consider(self, handler: Any, moment: Moment) -> None:
         """Save if the metric of *moment* allows it."""
-        choice = self._chooser.choose(handler, moment, expects_metric=expects_metric)
+        choice = self._chooser.choose(handler, moment)
         if choice.path is not None:
             self._reserve(handler)
             self._save(handler, choice.path, choice, moment)
-
-    def _look_for_better(self, handler: Any) -> None:
-        """
-        Count a better file than the loaded state knows of. Reads the folder.
-
-        A callback whose arguments were changed before the resume has no state, and its files are those of
-        another stream: they are found by their names.
-        """
-        was_loaded, self._was_loaded = self._was_loaded, False
-        is_new, self._has_begun = not self._has_begun, True
-        if not was_loaded and not (handler.resumed and is_new):
-            return
-        if self.monitor is None or handler.rank != 0:
-            return
-        others = [key for key, one in handler.callbacks.items() if one is not self]
-        try:
-            found = best_there(
-                self._template,
-                self._key_in(handler),
-                handler.left_at,
-                self.monitor,
-                self.mode,
-                others=None if was_loaded else others,
-            )
-        except OSError as error:
-            self._advice.of_unread_folder(error)
-            return
-        if self._ledger.overtake(found, threshold_passed=was_loaded):
-            self._advice.of_best_there(found)
 
     def _reserve(self, handler: Any) -> None:
         if not self._shared:
@@ -372,7 +297,7 @@ class ModelCheckpoint(SavingCallback):
                 monitor=self.monitor,
                 mode=self._judged_by,
                 score=choice.score,
-                keep=self._kept(),
+                keep=self._continuation.kept(self.keep),
                 full_state=self.full_state,
             )
         except BaseException:
@@ -381,30 +306,6 @@ class ModelCheckpoint(SavingCallback):
         if choice.is_best and choice.score is not None and handler.rank == 0:
             step, epoch = f"step {moment.global_step}", f"epoch {moment.epoch + 1}"
             self._advice.of_best(step if self._trigger.within_epochs else epoch, before, choice.score)
-
-    def _kept(self) -> Retention | None:
-        """Return what stays: after a load the best file too, since what the run left may look better."""
-        best = self._ledger.expected.best_path
-        if self.keep is None or best is None or not self._continues:
-            return self.keep
-        return self.keep | KeepNamed(os.path.basename(best))
-
-    def _check_batches_hold_metric(self, logs: Mapping[str, Any]) -> None:
-        """Refuse or tell at an epoch's end that nothing is ever judged, because batches lack the metric."""
-        if self._trigger.at_epoch_ends or self.monitor is None:
-            return
-        if self._needs_scores_to is None and self.initial_value_threshold is not None:
-            return  # the metric is there to be waited for, and epochs' ends do
-
-        def check() -> None:
-            if self._batches_hold_metric is not False:
-                return
-            if self.monitor in logs:
-                self._advice.of_metric_of_epochs(self._needs_scores_to)
-            elif self._needs_scores_to is None:
-                self._advice.of_metric(None, logs, {}, saves=True, expected=True)
-
-        ranks.decide(check, "ModelCheckpoint's check of its metric")  # a rank may have logged it, another not
 
 
 def _takes_part(handler: Any) -> bool:
