@@ -20,6 +20,7 @@ from trainbus.leaving import announce_and_leave, note_failures, raise_held_back
 from trainbus.loop.fit import fit
 from trainbus.loop.generators import Loop
 from trainbus.loop.moments import Moments
+from trainbus.reserved_names import ReservedNames
 from trainbus.run_loading import RunLoading
 from trainbus.save_reports import SaveReports, weak_post
 from trainbus.save_requests import SaveRequests
@@ -161,6 +162,7 @@ class Handler(RunLoading):
             self._saver.close()
             raise
         self._saves = SaveRequests(self, self._moments, self._saver, self._agreement, self._divided)
+        self._names = ReservedNames(self)
         # Last, because all before may refuse: no half-made handler stays on the bus and the optimizer.
         self.bus.handler = self
         self._moments.watch(optimizer)
@@ -312,7 +314,7 @@ class Handler(RunLoading):
                 self._close_savers(timeout)
             raise_held_back(self.bus)
         finally:
-            self._saves.release_names()
+            self._names.release()
             self._leave_bus()
 
     def __enter__(self) -> Handler:

@@ -15,6 +15,7 @@ from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.retention import Retention
 from trainbus.checkpoint.stats import CheckpointStats
 from trainbus.errors import CheckpointWriteError, UnsavableStateError
+from trainbus.reserved_names import ReservedNames
 from trainbus.run_position import RunPosition
 from trainbus.save_reports import SaveReports
 from trainbus.save_requests import SaveRequest
@@ -36,6 +37,7 @@ class RunSaving(RunPosition):
     _agreement: Agreement
     _reports: SaveReports
     _divided: DividedSaves | None
+    _names: ReservedNames
 
     def _parts(self) -> Parts:
         raise NotImplementedError
@@ -179,7 +181,7 @@ class RunSaving(RunPosition):
         if self.rank != 0 and not self._agreement.is_shared:
             return
         try:
-            self._saves.reserve(os.fspath(folder), template)
+            self._names.reserve(os.fspath(folder), template, together=self._agreement.is_shared)
         except CheckpointWriteError as error:
             self._reports.tell(error)
 

@@ -17,14 +17,8 @@ from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.checkpoint.retention import Retention, superfluous
 from trainbus.checkpoint.saver import Saver
-from trainbus.checkpoint.template_lock import TemplateLock, lock_path
 from trainbus.claims import claim
-from trainbus.errors import (
-    CheckpointLockedError,
-    CheckpointSkipped,
-    CheckpointWriteError,
-    HandlerClosedError,
-)
+from trainbus.errors import CheckpointSkipped, HandlerClosedError
 from trainbus.loop.moments import Moments
 from trainbus.loop.unread_metrics import UnreadMetrics
 from trainbus.save_load import versions
@@ -97,8 +91,6 @@ class SaveRequests:
         self._postponed: list[_Accepted] = []
         self._sequence = 0
         self._counted_folders: set[str] = set()
-        self._reserved: set[str] = set()
-        self._locks: list[TemplateLock] = []
 
     @property
     def postponed(self) -> int:
@@ -160,35 +152,6 @@ class SaveRequests:
         if self._handler.rank != 0 or not ranks.together():
             return None
         return [rank_parts.give(self._moments.collect())] * ranks.world_size()
-
-    def reserve(self, folder: str, template: str) -> None:
-        """Do what `Handler.reserve` does; an `OSError` comes as CheckpointWriteError."""
-        path = lock_path(folder, template)
-        if path in self._reserved:
-            return
-        claim(path, self._handler)
-
-        def lock() -> None:
-            try:
-                self._locks.append(TemplateLock(folder, template))
-            except CheckpointLockedError:
-                raise
-            except OSError as error:
-                raise CheckpointWriteError(
-                    os.path.join(folder, template), self._progress.global_step, error
-                ) from error
-
-        if self._agreement.is_shared:
-            ranks.decide(lock, "handler.reserve")
-        else:
-            lock()
-        self._reserved.add(path)
-
-    def release_names(self) -> None:
-        """Let others save under the names that were reserved."""
-        self._reserved.clear()
-        while self._locks:
-            self._locks.pop().release()
 
     def take_postponed(self) -> None:
         """Take the saves that waited for an optimizer step."""
