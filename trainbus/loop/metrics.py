@@ -92,6 +92,12 @@ class Logs(ReadOnlyLogs):
         """Add or replace one metric; for the loop, not for receivers."""
         self._values[name] = value
 
+    def joined(self, given: Mapping[str, Any] | None) -> Logs:
+        """Add what a loop by hand gives an event, and return itself; for the loop, as `put`."""
+        for name, value in (given or {}).items():
+            self.put(name, value)
+        return self
+
 
 class Metrics:
     """The metrics of the epoch under way. Lives on the training thread."""
@@ -259,3 +265,19 @@ def as_scalar(name: str, value: Any) -> float | torch.Tensor:
         f"Cannot log {name}={value!r}: a metric is a number or a tensor with one element. "
         "Reduce it first, e.g. with .mean()."
     )
+
+
+def batch_size(batch: Any) -> float:
+    """Return the first dimension of the first tensor in *batch* (nested), or 1 without one."""
+    tensor = _first_tensor(batch)
+    return tensor.shape[0] if tensor is not None and tensor.ndim else 1
+
+
+def _first_tensor(batch: Any) -> torch.Tensor | None:
+    if isinstance(batch, torch.Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, (list, tuple)):
+        return next((t for t in map(_first_tensor, batch) if t is not None), None)
+    return None

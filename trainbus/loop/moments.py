@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
-from trainbus.loop.metrics import Logs, Metrics, as_scalar
+from trainbus.loop.metrics import Logs, Metrics, as_scalar, batch_size
 from trainbus.loop.optimizer_steps import OptimizerSteps
 from trainbus.loop.progress import Progress
 from trainbus.state import rng
@@ -121,7 +119,7 @@ class Moments:
         self._handler.fence()
         self._handler.take_postponed_saves()
         self._handler.meet(f"the end of epoch {progress.epoch + 1}")
-        self._epoch_logs = payload["logs"] = _joined(self.metrics.epoch_logs(), payload.get("logs"))
+        self._epoch_logs = payload["logs"] = self.metrics.epoch_logs().joined(payload.get("logs"))
         progress.epoch_complete = not self.epoch_goes_on
         try:
             self._emit("epoch_end", **payload)
@@ -162,7 +160,7 @@ class Moments:
         progress.complete_batch()
         progress.global_step = payload.setdefault("global_step", progress.global_step)
         payload.setdefault("batch", progress.batch)
-        payload["logs"] = _joined(self.metrics.batch_logs, payload.get("logs"))
+        payload["logs"] = self.metrics.batch_logs.joined(payload.get("logs"))
         self.positions.advanced("train")
         if ends_pass:
             self.positions.closed("train")
@@ -266,7 +264,7 @@ class Moments:
     def end_validation(self, **payload: Any) -> None:
         """Emit ``val_end`` with this rank's means, named ``val_...``."""
         logs = self.metrics.end_validation(self._training_logs, within_batch=self.progress.batch_open)
-        payload["logs"] = _joined(logs, payload.get("logs"))
+        payload["logs"] = logs.joined(payload.get("logs"))
         self.hold_rng(False)
         try:
             self._emit("val_end", **payload)
@@ -290,7 +288,7 @@ class Moments:
     def complete_val_batch(self, **payload: Any) -> None:
         """Emit ``val_batch_end``."""
         payload.setdefault("batch", self._val_batch or 0)
-        payload["logs"] = _joined(self.metrics.batch_logs, payload.get("logs"))
+        payload["logs"] = self.metrics.batch_logs.joined(payload.get("logs"))
         self.positions.advanced("val")
         try:
             self._emit("val_batch_end", **payload)
@@ -367,25 +365,3 @@ class Moments:
 
     def _emit(self, name: str, **payload: Any) -> None:
         self._handler.bus.emit(name, self._handler, **payload)
-
-
-def batch_size(batch: Any) -> float:
-    """Return the first dimension of the first tensor in *batch* (nested), or 1 without one."""
-    tensor = _first_tensor(batch)
-    return tensor.shape[0] if tensor is not None and tensor.ndim else 1
-
-
-def _first_tensor(batch: Any) -> torch.Tensor | None:
-    if isinstance(batch, torch.Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if isinstance(batch, (list, tuple)):
-        return next((t for t in map(_first_tensor, batch) if t is not None), None)
-    return None
-
-
-def _joined(logs: Logs, given: Mapping[str, Any] | None) -> Logs:
-    for name, value in (given or {}).items():
-        logs.put(name, value)
-    return logs
