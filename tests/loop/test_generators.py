@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+import trainbus
 from trainbus import Handler
 from trainbus.errors import TrainbusError
 from trainbus.testing import EventRecorder
@@ -306,6 +307,45 @@ class TestValidationOutsideOfTraining:
                 seen.append(list(handler.val_batches([2, 3])))
 
         assert seen == [[2, 3], [2, 3]]
+
+    @pytest.mark.parametrize("when", ["train_batch_end", "epoch_end"])
+    def test_behind_a_stopped_run(self, handler, when):
+        """A run that was stopped, amid an epoch or at its end, is tested with all batches."""
+        handler.on(when, lambda: handler.stop(), once=True)
+        for _ in handler.epochs(2):
+            for _ in handler.batches([1, 2]):
+                pass
+
+        assert [list(handler.val_batches([3, 4])) for _ in range(2)] == [[3, 4], [3, 4]]
+
+    @pytest.mark.parametrize("when", ["train_batch_end", "val_batch_end"])
+    def test_is_no_part_of_the_run(self, tmp_path, when):
+        """A file that is saved behind such a test is continued as if there had been none."""
+        model = torch.nn.Linear(1, 1)
+        with Handler(model) as handler:
+            handler.on(when, lambda: handler.stop(), once=True)
+            for _ in handler.epochs(1):
+                for _ in handler.batches([1, 2]):
+                    pass
+                for batch in handler.val_batches([3, 4]):
+                    handler.log(loss=batch)
+            for batch in handler.val_batches([50, 60]):
+                handler.log(loss=batch, other=batch)
+            handler.save(tmp_path / "a.pt")
+        progress = trainbus.load(tmp_path / "a.pt")["progress"]
+        assert progress["in_validation"] == (when == "val_batch_end")
+        seen, logs = [], []
+        with Handler(model) as handler:
+            handler.bus.on("epoch_end", lambda **payload: logs.append(dict(payload["logs"])))
+            handler.load(tmp_path / "a.pt")
+            for _ in handler.epochs(1):
+                seen += handler.batches([1, 2])
+                for batch in handler.val_batches([3, 4]):
+                    seen.append(batch)
+                    handler.log(loss=batch)
+
+        assert seen == ([2, 3, 4] if when == "train_batch_end" else [3, 4])
+        assert logs == [{"val_loss": 3.5}]
 
 
 class TestStop:

@@ -65,7 +65,6 @@ class Loop:
         if self._left_validation:
             self._left_validation = False
             moments.complete_val_batch()
-            moments.positions.closed("val")
             moments.end_validation()
         if self._left_batches:
             self._left_batches = False
@@ -184,15 +183,16 @@ class Loop:
 
     def _val_batches(self, loader: Iterable[T]) -> Generator[T, None, None]:
         self._end_held_validations()
-        if self._cut_short:
-            return
         mine, moments = self._round, self._moments
+        # Whoever tests a run that was stopped wants all batches.
+        if self._cut_short and moments.training:
+            return
         iterator = moments.open_validation(loader)
         if iterator is None:
             return
         moments.begin_validation()
         for index, batch in enumerate(iterator):
-            if self._handler.stopped:
+            if self._handler.stopped and moments.training:
                 self._cut_short = True
                 moments.drop_validation()
                 return
@@ -204,7 +204,6 @@ class Loop:
                 raise
             self._require_same_round(mine, "val_batches")
             moments.complete_val_batch()
-        moments.positions.closed("val")
         moments.end_validation()
 
     # -- inside

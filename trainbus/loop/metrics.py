@@ -158,7 +158,7 @@ class Metrics:
         self._validating = {}
         return training_logs
 
-    def end_validation(self, training_logs: Logs, *, within_batch: bool) -> Logs:
+    def end_validation(self, training_logs: Logs, *, within_batch: bool, counts: bool = True) -> Logs:
         """
         Finish a validation and return its means, this rank's own.
 
@@ -167,10 +167,13 @@ class Metrics:
 
             within_batch: The validation ran inside the body of a training batch; that
                 batch's logs then hold its means too, so that it can be saved by them.
+
+            counts: The epoch's logs hold them.
         """
         means = self._validating or {}
         self._validating = None
-        self._validated.update(means)
+        if counts:
+            self._validated.update(means)
         self._batch = training_logs
         if within_batch:
             for name, mean in means.items():

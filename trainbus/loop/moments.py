@@ -35,6 +35,7 @@ class Moments:
         metrics: What was logged in this epoch.
         positions: Where the loaders stand.
         training: ``train_begin`` was emitted and ``train_end`` was not.
+        trained: ``train_end`` was emitted: a validation from now on is no part of the run.
         epoch_goes_on: The epoch that is about to end is not finished: a longer run continues it.
         by_event: The methods by the name of their event.
     """
@@ -63,7 +64,7 @@ class Moments:
         """Forget what is going on, because a checkpoint is about to be loaded."""
         self.metrics = Metrics()
         self.positions = DataPositions()
-        self.training = self.epoch_goes_on = False
+        self.training = self.trained = self.epoch_goes_on = False
         self._validating = False
         self._between_steps = False  # in train_batch_end, with the next batch to follow
         self._data: Any = None  # the batch at hand, for the default weight of log()
@@ -85,7 +86,7 @@ class Moments:
 
     def begin_training(self, **payload: Any) -> None:
         """Emit ``train_begin`` and restore what a loaded checkpoint left to be restored."""
-        self.training, self._held_rng = True, None
+        self.training, self.trained, self._held_rng = True, False, None
         self.progress.total_epochs = payload.setdefault("total_epochs", self.progress.total_epochs)
         payload.setdefault("resumed", self._handler.resumed)
         self._emit("train_begin", **payload)
@@ -99,7 +100,7 @@ class Moments:
         """Wait for pending saves, then emit ``train_end``."""
         self._handler.take_postponed_saves()
         self._handler.finish_writing()
-        self.training = False
+        self.training, self.trained = False, True
         payload.setdefault("reason", self._handler.stop_reason)
         self._emit("train_end", **payload)
 
@@ -239,7 +240,8 @@ class Moments:
 
     def open_validation(self, loader: Iterable[T]) -> Iterator[T] | None:
         """Return the batches of a validation; None if it was over when the loaded checkpoint was taken."""
-        self.hold_rng()  # the iterator that is made next may draw
+        if not self.trained:
+            self.hold_rng()  # the iterator that is made next may draw
         if not self.training:
             # Nothing is continued before or after the training, and the places of its loaders stay.
             return DataPositions().open(loader, "val")
@@ -253,7 +255,7 @@ class Moments:
         """Emit ``val_begin``."""
         # Weights may be exchanged for a validation, as for averaged ones.
         self._handler.fence()
-        if self._held_rng is None:
+        if self._held_rng is None and not self.trained:
             self.hold_rng()
         self._validating = True
         if self.training:
@@ -263,9 +265,13 @@ class Moments:
 
     def end_validation(self, **payload: Any) -> None:
         """Emit ``val_end`` with this rank's means, named ``val_...``."""
-        logs = self.metrics.end_validation(self._training_logs, within_batch=self.progress.batch_open)
+        if not self.trained:  # else a run that was stopped amid a validation would seem to have ended it
+            self.positions.closed("val")
+            self.hold_rng(False)
+        logs = self.metrics.end_validation(
+            self._training_logs, within_batch=self.progress.batch_open, counts=not self.trained
+        )
         payload["logs"] = logs.joined(payload.get("logs"))
-        self.hold_rng(False)
         try:
             self._emit("val_end", **payload)
         finally:
@@ -289,7 +295,8 @@ class Moments:
         """Emit ``val_batch_end``."""
         payload.setdefault("batch", self._val_batch or 0)
         payload["logs"] = self.metrics.batch_logs.joined(payload.get("logs"))
-        self.positions.advanced("val")
+        if not self.trained:
+            self.positions.advanced("val")
         try:
             self._emit("val_batch_end", **payload)
         finally:
@@ -330,7 +337,7 @@ class Moments:
         return {
             "progress": {
                 **progress.state_dict(),
-                "in_validation": self._held_rng is not None and self.training,
+                "in_validation": self._held_rng is not None and (self.training or self.trained),
                 "metrics": metrics.state_dict(before_batch=repeats),
             },
             "rng": self._held_rng
