@@ -125,19 +125,21 @@ class TestOrder:
 
 
 class TestHost:
-    def test_nothing_waits_for_the_device(self, tmp_path, without_waiting):
+    @pytest.mark.parametrize("scales", [False, True], ids=["", "scaler"])
+    def test_nothing_waits_for_the_device(self, tmp_path, way, scales, without_waiting):
         """
         Once the memory is there, asking for a save and the step after it never wait for the device.
         """
         module, optimizer = trained(fused=True)
-        with Handler(module, optimizer, device_snapshot=True, max_pending=2) as handler:
+        scaler = torch.amp.GradScaler("cuda") if scales else None
+        with Handler(module, optimizer, scaler=scaler, max_pending=2, **way) as handler:
             for _ in range(3):
-                step(module, optimizer)
+                step(module, optimizer, scaler)
                 handler.save_async(tmp_path / "a.pt")
                 handler.flush()
             with without_waiting():
                 handler.save_async(tmp_path / "b.pt")
-                step(module, optimizer)
+                step(module, optimizer, scaler)
             handler.flush()
 
 

@@ -88,6 +88,7 @@ class SimulatedCuda(Cuda):
         self.locked: dict[int, int] = {}  # sizes by address
         self.pageable = 0  # copies to memory of the host that was not locked
         self.trouble: list[str] = []
+        self.worked_for: set[tuple[str, torch.device]] = set()  # which threads, for which devices
         self._default = self.stream(torch.device("cpu"))
 
     # -- the door
@@ -103,8 +104,12 @@ class SimulatedCuda(Cuda):
     def current_stream(self, device: torch.device) -> Stream:
         return getattr(self._current, "stream", self._default)
 
+    def work_for(self, device: torch.device) -> None:
+        self.worked_for.add((threading.current_thread().name, device))
+
     @contextlib.contextmanager
     def use(self, stream: Stream) -> Iterator[None]:
+        self.work_for(torch.device("cpu"))
         before, self._current.stream = self.current_stream(torch.device("cpu")), stream
         try:
             yield

@@ -743,9 +743,41 @@ class TestFailure:
         for _ in range(2):
             with pytest.raises(type(error), match="mine"):
                 copy.wait()
-        assert later == []
+        assert "move begins" not in later
         assert copy.is_over
         assert not copy.was_changed
+
+    @pytest.mark.parametrize(
+        ("ends", "expected"),
+        [
+            (BackgroundCopy.run, ["first begins", "first finishes"]),
+            (lambda copy: copy.withdraw(OSError("mine")), ["first finishes"]),
+        ],
+        ids=["failed", "withdrawn"],
+    )
+    def test_no_device_writes_afterwards(self, ends, expected):
+        """
+        Whoever gets the memory of a copy that came to nothing is not written over by what was under way.
+        """
+        log: list[str] = []
+
+        ends(BackgroundCopy([Steps(log, "first"), Breaks(OSError("mine"))]))
+
+        assert log == expected
+
+    def test_withdrawal_that_is_interrupted(self):
+        """
+        After Ctrl-C while a device finishes, nobody waits for the copy.
+        """
+        copy = BackgroundCopy([BreaksLater(KeyboardInterrupt())])
+        copy._moves[0].may_finish.set()
+
+        with pytest.raises(KeyboardInterrupt):
+            copy.withdraw(OSError("mine"))
+
+        copy.wait_until_arrived()
+        with pytest.raises(OSError, match="mine"):
+            copy.wait()
 
     def test_thread_goes_on(self, thread):
         """

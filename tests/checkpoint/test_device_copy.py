@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
+import threading
+import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
 import pytest
 import torch
 
-from trainbus.checkpoint import device_copy, page_locking, snapshot_plan
-from trainbus.checkpoint.staging_copy import Snapshot, Stager
+from trainbus.checkpoint import device_copy, page_locking, snapshot_plan, staging_copy
+from trainbus.checkpoint.snapshot import Snapshot
+from trainbus.checkpoint.staging_copy import Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
+from trainbus.errors import SnapshotChangedError
 
-from .simulated_cuda import SimulatedCuda
+from .allocations import Allocations
+from .simulated_cuda import Event, SimulatedCuda, Stream
 
 PIECE = mmap.PAGESIZE
 STEPS = 12
@@ -59,7 +66,9 @@ class Training:
     def fill(self, tensors: list[torch.Tensor], number: int) -> None:
         """Give the device kernels that write *number*."""
         for tensor in tensors:
-            self.cuda.launch(lambda tensor=tensor: tensor.fill_(number))
+            # As with a real one the counter goes up now, and the values change later.
+            torch.autograd.graph.increment_version(tensor)
+            self.cuda.launch(lambda tensor=tensor: tensor.data.fill_(number))
 
     def step(self, number: int) -> None:
         """Train, as an optimizer's step does that a fence comes before."""
@@ -125,14 +134,156 @@ class TestAnyOrder:
             assert training.problems == [], f"seed {seed}"
             assert cuda.trouble == [], f"seed {seed}"
 
-    def test_without_a_copy_on_the_device(self):
+    @pytest.mark.parametrize("insists", [False, True])
+    def test_without_a_copy_on_the_device(self, insists, caplog):
         """
-        With device_snapshot=False nothing is allocated there.
+        With device_snapshot=False nothing is allocated there; with True, what is refused is said once.
         """
         cuda = SimulatedCuda(Random(0), room=0)
-        training = Training(Random(0), cuda, device_snapshot=False)
+        training = Training(Random(0), cuda, device_snapshot=insists)
         training.run()
 
+        assert training.problems == []
+        assert ("No memory for a copy of the state on cpu" in caplog.text) == insists
+
+
+class TestWaiting:
+    @pytest.mark.parametrize("overlap", [False, True], ids=["auto", "overlap"])
+    @pytest.mark.parametrize("room", ROOM)
+    def test_host_waits_for_no_device(self, monkeypatch, room, overlap):
+        """
+        Once the memory is there, neither a save nor the step after it waits for what the device does.
+        """
+        for seed in range(10):
+            cuda = SimulatedCuda(Random(seed), room=ROOM[room])
+            training = Training(Random(seed), cuda, overlap=overlap)
+            training.random.random = lambda: 0.5
+            training.step(1)
+            training.save(1)
+            training.look()
+
+            def synchronize(event: Event, wait: Callable[[Event], None] = Event.synchronize) -> None:
+                assert threading.current_thread() is not threading.main_thread(), "the host waited"
+                wait(event)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Stream, "synchronize", lambda _: pytest.fail("the host waited"))
+                patch.setattr(Event, "synchronize", synchronize)
+                training.step(2)
+                training.save(2)
+                training.step(3)
+            training.look()
+            training.stager.thread.close()
+
+            assert training.problems == [], f"seed {seed}"
+
+    @pytest.mark.parametrize("room", ROOM)
+    def test_thread_works_for_the_device(self, room):
+        """
+        Who waits for a device does so as one of its own: elsewhere that takes memory of the first device.
+        """
+        cuda = SimulatedCuda(Random(0), room=ROOM[room])
+        training = Training(Random(0), cuda)
+        training.save(0)
+        training.look()
+        training.stager.thread.close()
+
+        assert "trainbus-copy" in {name for name, _ in cuda.worked_for}
+
+    def test_memory_of_another_stream_is_held(self):
+        """
+        What is dropped after the request is not given to others until it is copied.
+        """
+        cuda = SimulatedCuda(Random(0), room=0)
+        stager = Stager(StagingMemory(), cuda=cuda)
+        tensor = torch.ones(300)
+        held = weakref.ref(tensor)
+        snapshot = stager.take([tensor])
+        del tensor
+
+        assert held() is not None
+        stager.begin(snapshot)
+        snapshot.wait()
+        gc.collect()
+        assert held() is None
+        stager.thread.close()
+
+    def test_copy_that_fails_half_way(self, monkeypatch):
+        """
+        Of a copy of which a part was refused, the rest that is under way is waited for.
+        """
+        for seed in range(10):
+            cuda = SimulatedCuda(Random(seed))
+            sources, targets = [torch.ones(30), torch.ones(30)], [cuda.memory[:30], cuda.memory[30:60]]
+
+            def copy_one(into, outof, copy=cuda.copy):
+                copy(into[:1], outof[:1])
+                raise RuntimeError("refused")
+
+            monkeypatch.setattr(cuda, "copy", copy_one)
+            staging = device_copy.DeviceStaging(False, cuda)
+            fetch = staging.fetch_later(sources[0].device, sources, targets)
+            with pytest.raises(RuntimeError, match="refused"):
+                fetch.begin()
+            fetch.finish()
+
+            assert targets[0].tolist() == [1] * 30
+
+    def test_take_that_fails_waits(self, monkeypatch):
+        """
+        A buffer that is given back because of an error is one that no device is writing into.
+        """
+        for seed in range(10):
+            cuda = SimulatedCuda(Random(seed), room=0)
+            stager = Stager(StagingMemory(), cuda=cuda)
+            state = [torch.ones(300)]
+            first = stager.take(state)
+            stager.begin(first)
+            first.release()
+            with monkeypatch.context() as patch:
+                patch.setattr(staging_copy, "with_tensors", lambda *_: {}["no"])
+                with pytest.raises(KeyError):
+                    stager.take(state)
+
+            assert not cuda.current_stream(torch.device("cpu")).work
+            snapshot = stager.take(state)
+            stager.begin(snapshot)
+            snapshot.wait()
+            stager.thread.close()
+
+
+class TestChecked:
+    def test_not_put_aside(self):
+        """
+        What a promise has to hold for is tried out also where there is room for a copy on the device.
+        """
+        cuda = SimulatedCuda(Random(5))
+        training = Training(Random(5), cuda, overlap=True, check=True)
+        training.step(1)
+        cuda.current_stream(torch.device("cpu")).synchronize()
+        training.save(1)
+        snapshot, _ = training.pending[0]
+        assert snapshot.waits
+
+        training.weights[0].data.fill_(9)
+        with pytest.raises(SnapshotChangedError, match="weights"):
+            snapshot.copy.let_change()
+        snapshot.release()
+        training.stager.thread.close()
+
+    @pytest.mark.parametrize("options", [{"overlap": True}, {"check": True}, {}], ids=str)
+    def test_put_aside(self, options):
+        """
+        Otherwise room is used, and nothing has to wait or to be promised.
+        """
+        training = Training(Random(5), SimulatedCuda(Random(5)), **options)
+        training.save(0)
+
+        snapshot, _ = training.pending[0]
+        assert not snapshot.waits
+        assert snapshot.seconds_at_once == 0
+        training.look()
+        training.stager.thread.close()
         assert training.problems == []
 
 
@@ -160,6 +311,29 @@ class TestPutAside:
         fetch.finish()
 
         assert target.view(torch.float64).equal(tensor)
+
+    @pytest.mark.parametrize("room", ROOM)
+    def test_no_fresh_memory(self, room):
+        """
+        In the steady state nothing is allocated, neither on the device nor on the host.
+        """
+        cuda = SimulatedCuda(Random(2), room=ROOM[room])
+        stager = Stager(StagingMemory(), cuda=cuda)
+        state = [torch.full((300,), 1.0), torch.full((2 * PIECE,), 2.0), torch.tensor(3.0)]
+        places = []
+        for number in range(3):
+            with Allocations(places) as made:
+                snapshot = stager.take(state)
+                stager.begin(snapshot)
+                snapshot.wait()
+            begin = torch.frombuffer(snapshot.buffer.mapping, dtype=torch.uint8).data_ptr()
+            places = [
+                range(begin, begin + len(snapshot.buffer.mapping)),
+                range(cuda.memory.data_ptr(), cuda.memory.data_ptr() + cuda.memory.nbytes),
+            ]
+            snapshot.release()
+            assert number == 0 or made.found == []
+        stager.thread.close()
 
     def test_states_that_take_turns(self, monkeypatch):
         """

@@ -99,7 +99,7 @@ def _train(tmp_path) -> Iterator[Callable[..., Training]]:
 @pytest.fixture(name="clock")
 def _clock(monkeypatch) -> Clock:
     clock = Clock()
-    for module in (saver, fence):
+    for module in (saver, fence, staging_copy):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -534,11 +534,19 @@ class TestWaitingForRoom:
 
 class TestLostTime:
     @pytest.mark.parametrize("mode", ["auto", "overlap"])
-    def test_copying(self, train, clock, mode):
+    def test_copying(self, train, clock, mode, monkeypatch):
         """
-        Collecting and copying count, and under auto are said to be what overlap would spare.
+        Collecting and copying count, and the copying is said to be what overlap would spare auto.
         """
         training = train(snapshot=mode)
+        copy = staging_copy.copy_together
+
+        def copy_slowly(*args: Any) -> None:
+            if mode == "auto":  # else it is the small ones
+                clock.now += 0.5
+            copy(*args)
+
+        monkeypatch.setattr(staging_copy, "copy_together", copy_slowly)
 
         def collect() -> Any:
             clock.now += 2
@@ -549,9 +557,9 @@ class TestLostTime:
             training.step()
 
         lost = training.saver.lost
-        assert lost.copying == 6
-        assert lost.overlappable == (6 if mode == "auto" else 0)
-        assert lost.total == lost.waiting + lost.copying + lost.fenced == 6
+        assert lost.copying == (7.5 if mode == "auto" else 6)
+        assert lost.overlappable == (1.5 if mode == "auto" else 0)
+        assert lost.total == lost.waiting + lost.copying + lost.fenced == lost.copying
 
     def test_copying_what_failed(self, train, clock):
         """
@@ -568,18 +576,21 @@ class TestLostTime:
 
         assert training.saver.lost.copying == 2
 
-    def test_not_to_be_spared(self, train, clock):
+    def test_not_to_be_spared(self, train, clock, monkeypatch):
         """
         What an optimizer of another class trains could not be copied in the background.
         """
         training = train()
         training.optimizer = types.SimpleNamespace()
 
-        def collect() -> Any:
-            clock.now += 2
-            return training.state()
+        copy = staging_copy.copy_together
 
-        training.save(collect)
+        def copy_slowly(*args: Any) -> None:
+            clock.now += 2
+            copy(*args)
+
+        monkeypatch.setattr(staging_copy, "copy_together", copy_slowly)
+        training.save()
 
         assert (training.saver.lost.copying, training.saver.lost.overlappable) == (2, 0)
 
@@ -784,6 +795,19 @@ class TestAmidAnother:
 
 
 class TestCollector:
+    def test_rests_while_a_snapshot_is_made(self, train):
+        """
+        No collection begins while the state is collected and copied, and afterwards all is as it was.
+        """
+        training = train()
+        before, meanwhile = gc.get_threshold(), []
+
+        training.save(lambda: meanwhile.append(gc.get_threshold()[0]) or training.state()).result(WAIT)
+        training.saver.writer.flush()
+
+        assert meanwhile == [0]
+        assert gc.get_threshold() == before != (0, *before[1:])
+
     def test_runs_while_the_disk_writes(self, train):
         """
         Garbage is collected while a file is written: on a slow disk it would pile up.

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainbus.checkpoint import host_copy, snapshot_plan, staging_copy
+from trainbus.checkpoint import background_copy, host_copy, snapshot_plan, staging_copy
 from trainbus.checkpoint.kinds_kept import KINDS_KEPT
+from trainbus.checkpoint.snapshot import Snapshot
 from trainbus.checkpoint.snapshot_plan import SMALLEST_WAITING
-from trainbus.checkpoint.staging_copy import Snapshot, Stager, take_snapshot
+from trainbus.checkpoint.staging_copy import Stager, take_snapshot
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.errors import SnapshotChangedError
+
+from .allocations import Allocations
 
 WAIT = 30
 """Seconds after which a test that hangs fails."""
@@ -669,14 +671,24 @@ class TestWhatWaits:
 
 
 class TestRelease:
-    def test_before_the_copy_has_arrived(self, make):
+    def test_before_the_copy_has_arrived(self, make, monkeypatch):
         """
         Memory that is being written to is given back when that is over, not before.
         """
         tensor = torch.ones(LARGE)
         stager = make()
         taken = stager.take([tensor], owning(tensor))
-        released = threading.Event()
+        begun, go_on, released = threading.Event(), threading.Event(), threading.Event()
+        copy_all = background_copy.copy_all
+
+        def copy_later(*args: Any) -> None:
+            begun.set()
+            assert go_on.wait(WAIT)
+            copy_all(*args)
+
+        monkeypatch.setattr(background_copy, "copy_all", copy_later)
+        stager.begin(taken)
+        assert begun.wait(WAIT)
 
         def release() -> None:
             taken.release()
@@ -688,10 +700,25 @@ class TestRelease:
         assert not released.wait(0.1)
         with pytest.raises(RuntimeError, match="all 1 staging buffers hold one"):
             stager.take([tensor])
-        stager.begin(taken)
+        go_on.set()
         assert released.wait(WAIT)
         thread.join(WAIT)
         stager.take([tensor])
+
+    def test_before_the_copy_was_begun(self, make):
+        """
+        Where an error kept a copy from being begun, its memory is given back, and nobody writes to it.
+        """
+        tensor = torch.ones(LARGE)
+        stager = make()
+        taken = stager.take([tensor], owning(tensor))
+
+        taken.release()
+        stager.begin(taken)
+
+        with pytest.raises(RuntimeError, match="given up before it was copied"):
+            taken.wait()
+        assert stager.take([tensor]).state[0].equal(tensor)
 
     def test_after_a_failure(self, make):
         """
@@ -860,28 +887,6 @@ class TestKindsThatWait:
         assert loaded.stride() == source.stride()
 
 
-class Allocations(TorchDispatchMode):
-    """Notes the operations that return memory of their own: neither an argument's nor in the given places."""
-
-    def __init__(self, places: list[range]) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self._places = places
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not self._is_known(result, args):
-            self.found.append(str(func))
-        return result
-
-    def _is_known(self, tensor: torch.Tensor, args: Any) -> bool:
-        storage = tensor.untyped_storage()
-        if storage.nbytes() == 0:
-            return True
-        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
-        return storage.data_ptr() in given or any(storage.data_ptr() in place for place in self._places)
-
-
 class TestSteadyState:
     def state(self, module: nn.Module) -> dict[str, Any]:
         """Return a state with fresh small tensors, as random states are."""
@@ -936,17 +941,28 @@ class TestSteadyState:
             assert all(one is plans_and_tensors[0][0] for one, _ in plans_and_tensors)
             assert all(one is plans_and_tensors[0][1] for _, one in plans_and_tensors)
 
-    def test_kinds_without_end(self, make):
+    def test_kinds_without_end(self, make, caplog):
         """
-        Of states that are each of another kind only the last few are kept.
+        Of states that are each of another kind only the last few are kept, and it is said once.
         """
         stager = make()
         for size in range(1, 20):
-            taken = stager.take([torch.full((size,), float(size))])
+            taken = stager.take([torch.full((size,), float(size)) for _ in range(size)])
             assert arrive(stager, taken)[0].tolist() == [size] * size
             taken.release()
 
         assert len(stager._kinds) == len(taken.buffer.views) == KINDS_KEPT
+        assert caplog.text.count("at each of the last 6 saves (6 tensors, 5 before)") == 1
+
+    def test_kinds_in_turns(self, make, caplog):
+        """
+        A state that changed for a while and then takes turns with others is not spoken of.
+        """
+        stager = make()
+        for size in [1, 2, 3, 4, 5, 5, *range(6, 6 + KINDS_KEPT), *range(6, 6 + KINDS_KEPT)]:
+            stager.take([torch.zeros(size)]).release()
+
+        assert "at each of the last" not in caplog.text
 
     def test_plan_is_reused_for_another_buffer(self, make):
         """

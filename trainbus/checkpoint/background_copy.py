@@ -33,7 +33,7 @@ class Move(Protocol):
         """Let what the calling thread gives the device from now on wait until the bytes are copied."""
 
     def finish(self) -> None:
-        """Return when the bytes have arrived."""
+        """Return when the bytes have arrived; at once, if none were begun to be copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +221,7 @@ class BackgroundCopy:
                 self._find_torn()
         except BaseException as error:
             self._error = self._error or error
+            self._let_devices_finish()
         finally:
             self._end()
 
@@ -283,7 +284,16 @@ class BackgroundCopy:
     def withdraw(self, error: BaseException) -> None:
         """Let nobody wait for it, and never copy, unless it is being copied already. For any thread."""
         if self._claimed.acquire(blocking=False):
-            self._give_up(error)
+            try:
+                self._let_devices_finish()
+            finally:  # also after Ctrl-C: nobody else would end it
+                self._give_up(error)
+
+    def _let_devices_finish(self) -> None:
+        # What was begun writes into memory that others get next; of the others nothing is waited for.
+        for move in self._moves:
+            with contextlib.suppress(Exception):
+                move.finish()
 
     def _give_up(self, error: BaseException) -> None:
         self._error = self._error or error

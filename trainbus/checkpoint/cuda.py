@@ -30,10 +30,14 @@ class Cuda:
         """Return the stream that the calling thread's work for a device goes to."""
         return torch.cuda.current_stream(device)
 
+    def work_for(self, device: torch.device) -> None:
+        """Make *device* the calling thread's current one, for good."""
+        # A thread begins on device 0; whatever it asks there takes half a gigabyte of it for a context.
+        torch.cuda.set_device(device)
+
     def use(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         """Let the calling thread's work go to *stream* meanwhile. Its current device stays the stream's."""
-        # A thread begins on device 0; going back there would take half a gigabyte of it for a context.
-        torch.cuda.set_device(stream.device)
+        self.work_for(stream.device)
         return torch.cuda.stream(stream)
 
     def event(self) -> Any:

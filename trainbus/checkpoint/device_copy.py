@@ -68,12 +68,18 @@ class DeviceStaging:
         """Return the move that copies *sources* as the work given to the device so far leaves them."""
         return self._on(device).fetch(sources, targets, in_place=True)
 
-    def fetch_now(
+    def fetch_in_line(
         self, device: torch.device, sources: list[torch.Tensor], targets: list[torch.Tensor]
-    ) -> None:
-        """Copy to the host in line with the work given to the device so far, and wait for it."""
+    ) -> Arrival:
+        """
+        Copy to the host in line with the device's work: what is given to it from now on comes after.
+
+        Waits for the device only where *targets* are not page-locked.
+        """
         self.cuda.copy(targets, sources)
-        self.cuda.current_stream(device).synchronize()
+        arrived = self.cuda.event()
+        arrived.record(self.cuda.current_stream(device))
+        return Arrival(self.cuda, device, arrived, sources)
 
     def _on(self, device: torch.device) -> _Device:
         if device not in self._devices:
@@ -188,8 +194,10 @@ class Fetch:
         """Give the copy to the side stream."""
         with self.cuda.use(self.stream):
             self.stream.wait_event(self.ready)
-            self.cuda.copy(self.targets, self.sources)
-            self.fetched.record(self.stream)
+            try:
+                self.cuda.copy(self.targets, self.sources)
+            finally:  # of one that failed, a part may be under way
+                self.fetched.record(self.stream)
 
     def hold_back(self) -> None:
         """Let the calling thread's later work on the device wait, if it could change the sources."""
@@ -199,6 +207,33 @@ class Fetch:
     def finish(self) -> None:
         """Return when the bytes have arrived."""
         self.fetched.synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """
+    A move that the device has among its work already.
+
+    Attributes:
+        arrived: Recorded behind it.
+        sources: Held until then, because they may be of another stream, which would use their memory anew.
+    """
+
+    cuda: Cuda
+    device: torch.device
+    arrived: Any
+    sources: list[torch.Tensor]
+
+    def begin(self) -> None:
+        """Let the thread that will wait for it do so as one of that device."""
+        self.cuda.work_for(self.device)
+
+    def hold_back(self) -> None:
+        """Do nothing: later work comes behind it."""
+
+    def finish(self) -> None:
+        """Return when the bytes have arrived."""
+        self.arrived.synchronize()
 
 
 def _places(plan: SnapshotPlan, sections: Sequence[Section], aside: torch.Tensor) -> Iterator[torch.Tensor]:

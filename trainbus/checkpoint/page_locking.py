@@ -71,7 +71,8 @@ def lock(
         gently: Pause between two pieces, so that a training's steps go on; takes three times as long.
         stop: Return soon after it is set, with what is locked by then.
     """
-    if buffer.mapping is None:
+    # What lies on a disk does so because there is no memory that it could be locked in.
+    if buffer.mapping is None or buffer.is_spilled:
         return
     if buffer.pins is None:
         buffer.pins = _Pins(buffer.mapping, device, cuda)
@@ -85,7 +86,7 @@ def lock(
 
 def is_locked(buffer: StagingBuffer) -> bool:
     """Tell whether `lock` has nothing more to do for *buffer*."""
-    return buffer.pins is not None and cast(_Pins, buffer.pins).is_over
+    return buffer.is_spilled or (buffer.pins is not None and cast(_Pins, buffer.pins).is_over)
 
 
 class _Pins:

@@ -23,7 +23,8 @@ from trainbus.checkpoint.background_writer import BackgroundWriter
 from trainbus.checkpoint.commit import commit, require_file_name
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.pending_save import PendingSave
-from trainbus.checkpoint.staging_copy import Snapshot, Stager
+from trainbus.checkpoint.snapshot import Snapshot
+from trainbus.checkpoint.staging_copy import Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.checkpoint.stats import LostTime, SaveTimes
 from trainbus.checkpoint.temporary import Sweeper
@@ -127,6 +128,7 @@ class Saver:
         if not self._admit(pending):
             return
         snapshot: Snapshot | None = None
+        self._memory.spill_folder = os.path.dirname(path)
         try:
             snapshot = self._take_timed(pending, collect, tuple(optimizers))
             self.writer.submit(
@@ -227,12 +229,13 @@ class Saver:
         begun = time.monotonic()
         try:
             with record_function("trainbus: snapshot"), collector.paused():
-                return self._take(collect(), optimizers, pending.times)
+                snapshot = self._take(collect(), optimizers, pending.times)
         finally:
             seconds = pending.times.copying = time.monotonic() - begun
             self.lost.copying += seconds
-            if not self._overlaps and fence.knows(optimizers):
-                self.lost.overlappable += seconds
+        if not self._overlaps and fence.knows(optimizers):
+            self.lost.overlappable += snapshot.seconds_at_once
+        return snapshot
 
     def _write(self, path: str, snapshot: Snapshot, manifest: Callable[[], Manifest]) -> Manifest:
         self._sweeper.sweep_once(os.path.dirname(path))

@@ -36,7 +36,8 @@ from trainbus.checkpoint.disk import disk_in_use
 from trainbus.checkpoint.manifest import Manifest
 from trainbus.checkpoint.sharded_state import STRUCTURE, FlatState, flatten, local_part
 from trainbus.checkpoint.sharded_writer import WHOLE, Failure, Shard, ShardPlanner, ShardWriter, StagedState
-from trainbus.checkpoint.staging_copy import Snapshot, Stager
+from trainbus.checkpoint.snapshot import Snapshot
+from trainbus.checkpoint.staging_copy import Stager
 from trainbus.checkpoint.staging_memory import StagingMemory
 from trainbus.checkpoint.temporary import Sweeper
 from trainbus.checkpoint.throttle import Throttle
@@ -83,7 +84,8 @@ class ShardedSaver:
             raise ValueError(f"max_pending must be at least 1, got {max_pending!r}.")
         self._group: torch.distributed.ProcessGroup | None = group
         self._max_pending = max_pending
-        self._stager = Stager(StagingMemory(max_pending), device_snapshot=device_snapshot)
+        self._memory = StagingMemory(max_pending)
+        self._stager = Stager(self._memory, device_snapshot=device_snapshot)
         self._warm_up = WarmUp(self._stager)
         self._behind = WriteBehind(rest=Throttle(is_busy).rest)
         self._sweeper = Sweeper()
@@ -141,6 +143,7 @@ class ShardedSaver:
             )
         self._wait_for_room()
         self._warm_up.end()
+        self._memory.spill_folder = os.path.dirname(os.path.abspath(os.path.expanduser(path)))
         snapshots = _SnapshotStager(self._stager, self._items, previous=self._last)
         writer = ShardWriter(
             os.path.abspath(os.path.expanduser(os.fspath(path))),

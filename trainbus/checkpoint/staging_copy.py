@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import operator
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from trainbus.checkpoint.archive import Image
 from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove, Move, Watched
 from trainbus.checkpoint.copy_thread import CopyThread, copy_together
 from trainbus.checkpoint.cuda import Cuda
@@ -20,6 +20,7 @@ from trainbus.checkpoint.device_copy import DeviceStaging
 from trainbus.checkpoint.kinds_kept import keep_kinds
 from trainbus.checkpoint.nesting import path_to, tensors_in, with_tensors
 from trainbus.checkpoint.page_locking import is_locked, lock
+from trainbus.checkpoint.snapshot import Snapshot
 from trainbus.checkpoint.snapshot_plan import (
     COPIED_DEVICES,
     Section,
@@ -33,66 +34,26 @@ from trainbus.checkpoint.snapshot_views import Views, numbers_of, views_of
 from trainbus.checkpoint.staging_memory import StagingBuffer, StagingMemory
 from trainbus.checkpoint.zip_records import ROOM
 
-__all__ = ["Snapshot", "Stager", "take_snapshot"]
+__all__ = ["Stager", "take_snapshot"]
 
 _log = logging.getLogger("trainbus")
 
+_MANY_CHANGES = 6  # a run's first saves differ too: before the first step, of weights alone, with averages
 
-class Snapshot:
+
+class _Moved(NamedTuple):
     """
-    A copy of a state that stays as it is until it is released.
+    How far a copy has come on the thread that asked for it.
 
     Attributes:
-        state: The same nesting; its tensors lie in the staging memory, and are complete after
-            `wait`. None once released.
-        copy: What is still to be copied; None if nothing is.
-        waits: Whether tensors that *copy* reads must not change until they are copied.
-        image: What a file can be written from, once the copy is complete. None once released.
-        buffer: The memory.
-        size: Bytes that were copied; what is written of them is at least as long.
+        later: Moves that are left.
+        unread: The ranges that they read from tensors which must not change until then.
+        seconds: Spent copying within the host.
     """
 
-    def __init__(
-        self,
-        state: Any,
-        image: Image,
-        memory: StagingMemory,
-        buffer: StagingBuffer,
-        copy: BackgroundCopy | None = None,
-        *,
-        waits: bool = False,
-        size: int = 0,
-    ) -> None:
-        self.size = size
-        self.state = state
-        self.image: Image | None = image
-        self.copy = copy
-        self.waits = waits
-        self._memory = memory
-        self.buffer = buffer
-
-    def wait(self) -> None:
-        """
-        Block until the copy is complete.
-
-        Raises:
-            SnapshotChangedError: A tensor was changed before it was copied.
-            Exception: Whatever kept the background from copying.
-        """
-        if self.copy is not None:
-            self.copy.wait()
-
-    def release(self) -> None:
-        """
-        Give the memory back for the next snapshot. Any thread may call it, also twice.
-
-        Blocks while the memory is being written to. Tensors taken out of `state` must not be
-        used any more: their values will change.
-        """
-        if self.copy is not None:
-            self.copy.wait_until_arrived()
-        self.state = self.image = None
-        self._memory.release(self.buffer)
+    later: list[Move]
+    unread: set[int | None]
+    seconds: float
 
 
 @dataclass
@@ -139,6 +100,8 @@ class Stager:
         self._check = check
         self._kinds: list[_Kind] = []  # of states that were seen, the last one first
         self._odd_devices: set[str] = set()
+        self._new_in_a_row = 0
+        self._said_that_it_changes = False
 
     def take(self, state: Any, owners: Mapping[int, torch.Tensor] | None = None) -> Snapshot:
         """
@@ -157,6 +120,7 @@ class Stager:
         Raises:
             TypeError: Another kind of container, whose tensors would go unnoticed.
             RuntimeError: Every buffer of the memory holds a snapshot that is not released.
+            OSError: There is no memory for it.
         """
         tensors = tensors_in(state)
         # Inference tensors could neither require grad nor be reused outside of inference mode.
@@ -168,7 +132,10 @@ class Stager:
             try:
                 return self._take_into(buffer, kind, state, tensors, waiting)
             except BaseException:
-                self._memory.release(buffer)
+                try:  # before others have the memory that devices may be writing into
+                    self._wait_for({section.device for section in kind.plan.sections})
+                finally:
+                    self._memory.release(buffer)
                 raise
 
     def begin(self, snapshot: Snapshot) -> None:
@@ -216,7 +183,9 @@ class Stager:
         if kind is None:
             kind = _Kind(prints, waiting, make_plan(tensors, waiting, room=ROOM), addresses)
             self._warn_of_odd_devices(tensors)
+            self._warn_of_changes(len(tensors))
         else:
+            self._new_in_a_row = 0
             for tensor, address, before in zip(tensors, addresses, kind.addresses, strict=True):
                 if address != before:
                     check_bounds(tensor)
@@ -237,34 +206,41 @@ class Stager:
         # Of what may wait the owner is held, not what ``state_dict()`` made of it: thousands of tensors that
         # end with the copy would be as many turns at the interpreter's lock, on a thread others wait for.
         held = [waiting.get(index, tensor) for index, tensor in enumerate(tensors)] if waiting else tensors
-        moves, late_ranges = self._move(kind, held, views, buffer)
+        moved = self._move(kind, held, views, buffer)
         copies = {
             id(tensor): _copy_parts(tensor) if view is None else view
             for tensor, view in zip(tensors, views.tensors, strict=True)
         }
         copied = with_tensors(state, copies)
-        if not moves:
-            return Snapshot(copied, views.image, self._memory, buffer, size=plan.size)
+        snapshot = Snapshot(
+            copied, views.image, self._memory, buffer, size=plan.size, seconds_at_once=moved.seconds
+        )
+        if not moved.later:
+            return snapshot
         late = [
             index
             for index in waiting
-            if (layout := plan.layouts[index]) is not None and layout.range in late_ranges
+            if (layout := plan.layouts[index]) is not None and layout.range in moved.unread
         ]
         watched = Watched(
             [waiting[index] for index in late],
             [copies[id(tensors[index])] for index in late],
             checked=self._check,
         )
-        copy = BackgroundCopy(
-            moves, watched, lambda tensor: path_to(copied, tensor), checked=self._check and bool(watched)
+        snapshot.waits = bool(watched)
+        snapshot.copy = BackgroundCopy(
+            moved.later,
+            watched,
+            lambda tensor: path_to(copied, tensor),
+            checked=self._check and snapshot.waits,
         )
-        return Snapshot(copied, views.image, self._memory, buffer, copy, waits=bool(watched), size=plan.size)
+        return snapshot
 
     def _move(
         self, kind: _Kind, tensors: Sequence[torch.Tensor], views: Views, buffer: StagingBuffer
-    ) -> tuple[list[Move], set[int | None]]:
-        """Copy what must be copied at once; return the moves that are left and the ranges not yet read."""
-        plan = kind.plan
+    ) -> _Moved:
+        """Copy what must be copied at once."""
+        plan, seconds = kind.plan, 0.0
         later: list[Move] = []
         unread: set[int | None] = set()
         cuda = self._devices.cuda
@@ -272,7 +248,9 @@ class Stager:
         # Devices first: they copy while this thread goes on to the next.
         for device, sections in sorted(plan.by_device(), key=lambda one: not cuda.serves(one[0])):
             span = views.spans[device]
-            if cuda.serves(device) and self._devices.has_room(device, span.numel()):
+            # What is to be proved is the way without that room.
+            proves = self._check and any(section.waits for section in sections)
+            if cuda.serves(device) and not proves and self._devices.has_room(device, span.numel()):
                 self._wait_for_last_fetch()
                 sources = [one for section in sections for one in views.sources(section, tensors)]
                 later.append(self._devices.put_aside(plan, sections, sources, span))
@@ -283,9 +261,11 @@ class Stager:
                 if cuda.serves(device):
                     later += self._from_device(section, *views.cut_pairs(section, tensors), buffer)
                 else:
+                    begun = time.monotonic()
                     places = views.places(section, addresses)
                     later += self._from_host(section, HostMove(*views.pairs(section, tensors), places))
-        return later, unread
+                    seconds += time.monotonic() - begun
+        return _Moved(later, unread, seconds)
 
     def _from_host(self, section: Section, move: HostMove) -> list[Move]:
         if section.waits:
@@ -303,8 +283,13 @@ class Stager:
         if section.waits:
             return [self._devices.fetch_later(section.device, sources, targets)]
         lock(buffer, section.device, self._devices.cuda)
-        self._devices.fetch_now(section.device, sources, targets)
-        return []
+        return [self._devices.fetch_in_line(section.device, sources, targets)]
+
+    def _wait_for(self, devices: Iterable[torch.device]) -> None:
+        cuda = self._devices.cuda
+        for device in devices:
+            if cuda.serves(device):
+                cuda.current_stream(device).synchronize()
 
     def _wait_for_last_fetch(self) -> None:
         # Its place on the device is written to next, behind an event that its fetch records.
@@ -316,6 +301,20 @@ class Stager:
         self._odd_devices |= odd
         for kind in sorted(odd):
             _log.warning("Tensors on %r are copied one by one: saves take longer there.", kind)
+
+    def _warn_of_changes(self, count: int) -> None:
+        self._new_in_a_row += 1
+        if self._new_in_a_row == _MANY_CHANGES and not self._said_that_it_changes:
+            self._said_that_it_changes = True
+            before = len(self._kinds[0].addresses)
+            _log.warning(
+                "The state has had other tensors, shapes or types at each of the last %d saves (%d tensors, "
+                "%d before): each save plans its copy anew, which takes longer. Give what grows its full "
+                "size from the start, or keep it as numbers.",
+                _MANY_CHANGES,
+                count,
+                before,
+            )
 
 
 def take_snapshot(state: Any, memory: StagingMemory) -> Snapshot:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import mmap
 import os
+import tempfile
 import threading
 import weakref
 
 import numpy as np
 
-__all__ = ["StagingBuffer", "StagingMemory", "map_pages"]
+__all__ = ["StagingBuffer", "StagingMemory", "map_file", "map_pages"]
+
+_log = logging.getLogger("trainbus")
 
 _TOUCHED_AT_A_TIME = 4 << 20
 
@@ -35,6 +40,32 @@ def map_pages(size: int) -> mmap.mmap:
     return mapping
 
 
+def map_file(size: int, folder: str) -> mmap.mmap:
+    """
+    Return at least *size* bytes that lie on the disk of *folder*, in an unnamed file, for as long as needed.
+
+    The system keeps of them in memory what it has room for. They cost a write to that disk, and are left
+    out of forked children as those of `map_pages`.
+
+    Raises:
+        OSError: That disk has no room for them, or cannot set it aside.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        raise OSError(errno.ENOTSUP, "this system sets no room aside")
+    folder = os.path.abspath(folder)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    length = max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
+    with tempfile.TemporaryFile(dir=folder) as file:
+        # A write to a page that the disk has no room for would kill the process.
+        os.posix_fallocate(file.fileno(), 0, length)
+        mapping = mmap.mmap(file.fileno(), length)
+    if hasattr(mmap, "MADV_DONTFORK"):
+        mapping.madvise(mmap.MADV_DONTFORK)
+    _MAPPED.add(mapping)
+    return mapping
+
+
 _MAPPED: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 _INHERITED: list[mmap.mmap] = []
 
@@ -45,26 +76,44 @@ class StagingBuffer:
 
     Attributes:
         mapping: The memory, or None before the first use.
+        is_spilled: Whether that lies on a disk.
         views: Whatever the copier keeps for reuse with this very mapping; dropped with it.
         pins: What keeps the mapping page-locked; dropped before it. None while it is not.
     """
 
     def __init__(self) -> None:
         self._is_warm = False
+        self.is_spilled = False
         self.mapping: mmap.mmap | None = None
         self.views: object | None = None
         self.pins: object | None = None
 
-    def reserve(self, size: int) -> None:
-        """Make room for *size* bytes. What was in a mapping that is too small is lost."""
+    def reserve(self, size: int, spill_folder: str | None = None) -> None:
+        """
+        Make room for *size* bytes. What was in a mapping that is too small is lost.
+
+        Args:
+            size: How many.
+            spill_folder: On whose disk they go, with a warning, if the system has no memory for them.
+
+        Raises:
+            OSError: There is no memory, nor room on that disk.
+        """
         if self.mapping is not None and len(self.mapping) >= size:
             return
         # Let go of the old one first, so that both never count at the same time.
         self.views = None
         self.pins = None
-        self._is_warm = False
+        self._is_warm = self.is_spilled = False
         self.mapping = None
-        self.mapping = map_pages(size)
+        try:
+            self.mapping = map_pages(size)
+        except OSError as error:
+            if spill_folder is None:
+                raise
+            self.mapping = _map_elsewhere(size, spill_folder, error)
+            # Neither is it touched, which would be a write to the disk.
+            self._is_warm = self.is_spilled = True
 
     def touch(self, stop: threading.Event) -> None:
         """
@@ -82,6 +131,25 @@ class StagingBuffer:
         self._is_warm = True
 
 
+def _map_elsewhere(size: int, folder: str, why: OSError) -> mmap.mmap:
+    try:
+        mapping = map_file(size, folder)
+    except OSError as error:
+        raise OSError(
+            why.errno,
+            f"{why.strerror}: {size / 1e6:.0f} MB for a copy of the state, which cannot lie in {folder!r} "
+            f"either ({error.strerror})",
+        ) from why
+    _log.warning(
+        "No host memory for a copy of the state, %.0f MB (%s): it lies in an unnamed file in %r, and saves "
+        "take longer. Free memory, or use a smaller max_pending.",
+        size / 1e6,
+        why.strerror,
+        folder,
+    )
+    return mapping
+
+
 class StagingMemory:
     """
     Hands out *buffers* buffers, one to each snapshot that is not released yet.
@@ -90,10 +158,15 @@ class StagingMemory:
 
     Args:
         buffers: How many snapshots may exist at a time; as many as saves may be pending.
+
+    Attributes:
+        spill_folder: On whose disk a buffer lies for which there is no memory; None: none does. It need
+            not be there yet.
     """
 
     def __init__(self, buffers: int = 1) -> None:
         self._buffers = buffers
+        self.spill_folder: str | None = None
         self._reset()
         _ALL.add(self)
 
@@ -115,7 +188,7 @@ class StagingMemory:
 
         Raises:
             RuntimeError: All are taken.
-            OSError: The system has no memory left.
+            OSError: The system has no memory left, nor the disk of `spill_folder` any room.
         """
         with self._lock:
             if not self._free:
@@ -124,7 +197,7 @@ class StagingMemory:
                     "not released. Release it first, or make StagingMemory with more buffers."
                 )
             # Reserved while it is still free: a failure leaves it there.
-            self._free[-1].reserve(size)
+            self._free[-1].reserve(size, self.spill_folder)
             self._taken.append(self._free.pop())
             return self._taken[-1]
 

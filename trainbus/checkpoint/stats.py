@@ -51,8 +51,8 @@ class LostTime:
         waiting: For an earlier save to be written, because ``max_pending`` were unfinished.
         copying: Collecting the state and copying it.
         fenced: In optimizer steps that had to wait for a copy in the background.
-        overlappable: The part of *copying* in saves that ``snapshot="overlap"`` could have
-            copied in the background.
+        overlappable: The part of *copying* that was spent on host memory, in saves for which
+            ``snapshot="overlap"`` could have done that in the background.
     """
 
     waiting: float = 0.0
@@ -81,7 +81,7 @@ class CheckpointStats:
         seconds_fenced: The part of it spent in optimizer steps.
         seconds_to_durable: From each request to its file being durable, summed; training went
             on meanwhile.
-        skipped: Saves given up because the writer was busy.
+        skipped: Saves that were not carried out.
         failed: Saves that could not be written.
     """
 
