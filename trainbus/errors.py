@@ -255,7 +255,11 @@ class UntrustedPickleError(CheckpointError, ValueError):
 
 
 class CheckpointSkipped(CheckpointError):
-    """A save that was not carried out: the writer was busy (`on_busy`), or a newer one took its place."""
+    """
+    A save that was not carried out.
+
+    The writer was busy (`on_busy`), a newer one took its place, or what it waited for did not come.
+    """
 
     def __init__(self, path: str, reason: str) -> None:
         self.path = path

@@ -41,7 +41,7 @@ moment at which the event arrives. The other fields:
 - ``total_epochs``: int, or None if the run has no fixed length.
 - ``resumed``: True if the run continues from a checkpoint.
 - ``error``: the exception.
-- ``reason``: a sentence, or None (``train_end``: the run went to its end).
+- ``reason``: a sentence; in ``train_end`` what `stop` was told, or None if nobody stopped the run.
 - ``save``: the `PendingSave`; ``save.times`` tells what it cost, and when what happened to it.
 - ``path``: the file. ``manifest``: its `Manifest`.
 - ``size``: bytes. ``seconds``: from the request until the file was durable.
@@ -145,7 +145,8 @@ EVENTS: Mapping[str, Event] = _catalogue(
     Event(
         "checkpoint_skipped",
         ("save", "path", "reason", "stream"),
-        doc="A save was not carried out: the writer was busy, or a newer one took its place.",
+        doc="A save was not carried out: the writer was busy, a newer one took its place, or what it "
+        "waited for did not come.",
     ),
     Event("checkpoint_removed", ("path", "stream"), doc="A checkpoint that is no longer kept was removed."),
 )

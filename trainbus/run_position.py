@@ -21,7 +21,7 @@ class RunPosition:
 
     @property
     def rank(self) -> int:
-        """This process's rank; 0 when training is not distributed."""
+        """This process's rank: of the process group, else ``RANK`` of the environment, else 0."""
         return ranks.rank()
 
     @property

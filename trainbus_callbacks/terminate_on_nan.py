@@ -18,8 +18,10 @@ class TerminateOnNaN(Callback):
     Stop the run when a metric of a training batch is NaN or infinite, naming metric, value and step.
 
     In a run of several processes each looks at its own metrics, and all stop in the same batch if one has to.
-    It saves nothing; a `ModelCheckpoint` later in the same event would still save the weights that
-    made the NaN, so monitor a metric there: NaN is never the best.
+    It saves nothing; a `ModelCheckpoint` that is due in the same event would still save the weights that
+    made the NaN, unless it has ``save_best_only=True`` and monitors that metric: NaN is never the best.
+    Otherwise give its files ``{global_step}`` in their names, with ``keep=KeepLast(2)``, and load the one
+    before.
 
     Args:
         *monitors: Names of metrics; those that a batch does not have are passed over.

@@ -1,5 +1,5 @@
 """
-DistributedDataParallel. Kill any of its processes, run it again, and all ranks go on at the very batch.
+DistributedDataParallel. Kill any process, run it again, and all ranks go on after the last saved batch.
 
     torchrun --standalone --nproc-per-node 2 ddp.py         # 4 epochs
     torchrun --standalone --nproc-per-node 2 ddp.py 6       # 2 more

@@ -1,5 +1,5 @@
 """
-FSDP2. Kill any of its processes, run it again, and all ranks go on at the very batch, also fewer or more.
+FSDP2. Kill any process, run it again with as many ranks or others: they go on after the last saved batch.
 
     torchrun --standalone --nproc-per-node 2 fsdp.py         # 4 epochs
     torchrun --standalone --nproc-per-node 2 fsdp.py 6       # 2 more

@@ -1,5 +1,5 @@
 """
-A loop of your own. Stop it (Ctrl-C, kill, power cut), run it again, and it goes on at the very batch.
+A loop of your own. Stop it (Ctrl-C, kill, power cut), run it again: it goes on after the last saved batch.
 
     python plain_loop.py            # 4 epochs
     python plain_loop.py 6          # 2 more
