@@ -25,6 +25,7 @@ from trainbus.checkpoint.background_copy import BackgroundCopy, HostMove, Watche
 from trainbus.checkpoint.load import load_file
 from trainbus.checkpoint.pending_save import PendingSave
 from trainbus.errors import CheckpointError, SnapshotChangedError
+from trainbus_callbacks import EMA
 
 WAIT = 30
 """Seconds after which a test that hangs fails."""
@@ -906,6 +907,73 @@ class TestSurroundings:
         run.saves[-1].result(WAIT)
 
 
+class TestUnknownOptimizer:
+    def test_step_by_hand(self, tmp_path):
+        """
+        What an object that is no optimizer of torch trains is copied at once.
+        """
+
+        class Descent:
+            def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+                self.parameters = list(parameters)
+
+            @torch.no_grad()
+            def step(self) -> None:
+                for parameter in self.parameters:
+                    parameter.data.sub_(0.1 * parameter.grad)
+
+            def zero_grad(self) -> None:
+                for parameter in self.parameters:
+                    parameter.grad = None
+
+            def state_dict(self) -> dict[str, Any]:
+                return {"lr": 0.1}
+
+            def load_state_dict(self, state: Any) -> None: ...
+
+        def script(run: Run) -> None:
+            model = Net()
+            optimizer = Descent(model.parameters())
+            with run.handler(model, optimizer) as handler:
+                for batch in handler.steps(BATCHES, batches()):
+                    learn(model, optimizer, batch)
+
+        Run(tmp_path, snapshot="overlap").play(script).assert_sound(BATCHES)
+        assert SlowCopy.made == 0
+
+
+class TestBackgroundError:
+    def test_training_goes_on(self, tmp_path, monkeypatch):
+        """
+        A copy that fails in the background fails its save, which says why; all others are there.
+        """
+        begin = HalfMove.begin
+
+        def begin_or_fail(move: HalfMove) -> None:
+            if SlowCopy.made == 2:
+                raise MemoryError("no more of it")
+            begin(move)
+
+        monkeypatch.setattr(HalfMove, "begin", begin_or_fail)
+        steps = []
+
+        def script(run: Run) -> None:
+            model = Net()
+            optimizer = momentum(model)
+            with run.handler(model, optimizer) as handler:
+                for batch in handler.steps(BATCHES, batches()):
+                    learn(model, optimizer, batch)
+                steps.append(handler.global_step)
+
+        run = Run(tmp_path, snapshot="overlap").play(script)
+
+        assert steps == [BATCHES]
+        (failure,) = run.failures()
+        assert "no more of it" in str(failure)
+        assert run.unsound() == {}
+        assert len(os.listdir(tmp_path)) == BATCHES - 1
+
+
 # -- fences
 
 
@@ -957,6 +1025,22 @@ class TestFences:
 
                 for batch in handler.steps(BATCHES, batches()):
                     learn(model, optimizer, batch)
+
+        self.sound(tmp_path, script)
+
+    def test_averaged_weights_of_the_callback(self, tmp_path):
+        """
+        `EMA` exchanges weights for each validation, and averages behind each step.
+        """
+
+        def script(run: Run, model: Net, optimizer: Any) -> None:
+            with run.handler(model, optimizer) as handler:
+                handler.add_callback(EMA(decay=0.5))
+                for _ in handler.epochs(2):
+                    for batch in handler.batches(batches()):
+                        learn(model, optimizer, batch)
+                    for held_out in handler.val_batches(batches(2)):
+                        model(held_out)
 
         self.sound(tmp_path, script)
 

@@ -58,6 +58,7 @@ class TestWheel:
                     "-m",
                     "pytest",
                     "-q",
+                    "--ignore=tests/benchmarks",  # they are no part of it
                     "--ignore=tests/test_end_to_end.py",
                     "--ignore=tests/test_layering.py",
                     "--ignore=tests/test_troubleshooting.py",  # these two read the sources

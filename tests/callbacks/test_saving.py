@@ -56,6 +56,27 @@ def steps(handler):
     return [save.global_step for save in handler.saves]
 
 
+class TestMemory:
+    @pytest.mark.parametrize("weights_only", [False, True])
+    def test_is_prepared_once_the_state_has_its_size(self, weights_only):
+        """Memory is asked for behind the first optimizer step, once, for saves like this callback's."""
+        asked = []
+
+        class Handler(FakeHandler):
+            accumulating = True
+
+            def prepare_saves(self, **options):
+                asked.append((self.global_step, options))
+
+        handler = Handler()
+        handler.add_callback(ModelCheckpoint("a.pt", save_freq=100, save_weights_only=weights_only))
+        for step in range(1, 6):
+            handler.accumulating = step < 3
+            end_batch(handler, step)
+
+        assert asked == [(3, {"weights_only": weights_only, "full_state": False})]
+
+
 class TestFilePath:
     def test_each_epoch(self):
         """
