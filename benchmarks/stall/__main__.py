@@ -8,6 +8,8 @@ import os
 import platform
 import sys
 import tempfile
+from datetime import UTC, datetime
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -45,19 +47,20 @@ _SMOKE = {
 }
 
 _PATHS = ("folder", "json", "plot")  # of one machine, nobody else's
+_PACKAGES = ("trainbus", "numpy", "isal", "xxhash", "pytorch-lightning", "pytorch-ignite", "torchsnapshot")
 
 
 def main() -> None:
     """Measure, print, write."""
-    options = _options()
+    options, begun = _options(), datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix="stall-", dir=options.folder) as folder:
         jobs = _jobs(options, folder)
         runs: list[dict[str, Any]] = []
         for runs in run_all(jobs, options.rounds, folder, lambda line: print(line, file=sys.stderr)):
             if options.json not in (None, "-"):
                 with open(options.json, "w") as file:
-                    json.dump(_report(options, runs), file)
-    report = _report(options, runs)
+                    json.dump(_report(options, begun, runs), file)
+    report = _report(options, begun, runs)
     if options.json == "-":
         print(json.dumps(report))
     else:
@@ -121,8 +124,9 @@ def _jobs(options: argparse.Namespace, folder: str) -> list[Job]:
     ]
 
 
-def _report(options: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(options: argparse.Namespace, begun: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
+        "begun": begun,
         "options": {name: value for name, value in vars(options).items() if name not in _PATHS},
         "machine": {
             "torch": torch.__version__,
@@ -131,12 +135,20 @@ def _report(options: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str
             "cpus": os.cpu_count(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
+        "packages": {name: _version(name) for name in _PACKAGES},
         "workloads": {
             name: {"rows": summary.rows(runs, name), "limits": summary.limits(runs, name)}
             for name in options.workload
         },
         "runs": runs,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _plot_path(options: argparse.Namespace, workload: str) -> str:
