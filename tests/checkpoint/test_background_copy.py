@@ -743,7 +743,7 @@ class TestFailure:
         for _ in range(2):
             with pytest.raises(type(error), match="mine"):
                 copy.wait()
-        assert "move begins" not in later
+        assert later == ["move finishes"]
         assert copy.is_over
         assert not copy.was_changed
 

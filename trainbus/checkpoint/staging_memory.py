@@ -28,16 +28,14 @@ def map_pages(size: int) -> mmap.mmap:
     first touch, and page-locking, take a third of the time. Elsewhere shared, because a private mapping
     that a child has too is copied page by page after the fork.
     """
-    pages = max(1, -(-size // mmap.PAGESIZE))
+    length = _whole_pages(size)
     if not hasattr(mmap, "MADV_DONTFORK"):
-        mapping = mmap.mmap(-1, pages * mmap.PAGESIZE)
+        mapping = mmap.mmap(-1, length)
     else:
-        mapping = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapping.madvise(mmap.MADV_DONTFORK)
+        mapping = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without them
             mapping.madvise(mmap.MADV_HUGEPAGE)
-    _MAPPED.add(mapping)
-    return mapping
+    return _for_this_process(mapping)
 
 
 def map_file(size: int, folder: str) -> mmap.mmap:
@@ -55,11 +53,18 @@ def map_file(size: int, folder: str) -> mmap.mmap:
     folder = os.path.abspath(folder)
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
-    length = max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
+    length = _whole_pages(size)
     with tempfile.TemporaryFile(dir=folder) as file:
         # A write to a page that the disk has no room for would kill the process.
         os.posix_fallocate(file.fileno(), 0, length)
-        mapping = mmap.mmap(file.fileno(), length)
+        return _for_this_process(mmap.mmap(file.fileno(), length))
+
+
+def _whole_pages(size: int) -> int:
+    return max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
+
+
+def _for_this_process(mapping: mmap.mmap) -> mmap.mmap:
     if hasattr(mmap, "MADV_DONTFORK"):
         mapping.madvise(mmap.MADV_DONTFORK)
     _MAPPED.add(mapping)

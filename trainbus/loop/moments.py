@@ -227,8 +227,11 @@ class Moments:
         Keep the random state of this moment for saves until ``val_end``, or with False no longer.
 
         A validation is done again as a whole by the run that such a save is loaded into. One in
-        the body of a training batch is not, so nothing is held there.
+        the body of a training batch is not, so nothing is held there; nor is one behind the training, so
+        what is held for one that was stopped stays.
         """
+        if self.trained:
+            return
         if not hold:
             self._held_rng = None
         elif not self.progress.batch_open:
@@ -240,8 +243,7 @@ class Moments:
 
     def open_validation(self, loader: Iterable[T]) -> Iterator[T] | None:
         """Return the batches of a validation; None if it was over when the loaded checkpoint was taken."""
-        if not self.trained:
-            self.hold_rng()  # the iterator that is made next may draw
+        self.hold_rng()  # the iterator that is made next may draw
         if not self.training:
             # Nothing is continued before or after the training, and the places of its loaders stay.
             return DataPositions().open(loader, "val")
@@ -255,7 +257,7 @@ class Moments:
         """Emit ``val_begin``."""
         # Weights may be exchanged for a validation, as for averaged ones.
         self._handler.fence()
-        if self._held_rng is None and not self.trained:
+        if self._held_rng is None:
             self.hold_rng()
         self._validating = True
         if self.training:
@@ -267,7 +269,7 @@ class Moments:
         """Emit ``val_end`` with this rank's means, named ``val_...``."""
         if not self.trained:  # else a run that was stopped amid a validation would seem to have ended it
             self.positions.closed("val")
-            self.hold_rng(False)
+        self.hold_rng(False)
         logs = self.metrics.end_validation(
             self._training_logs, within_batch=self.progress.batch_open, counts=not self.trained
         )
